@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+# Thin: the work is in scripts/. `make help` lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint docs clean
+PYTEST_ARGS ?=
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## Debian packages and .venv: all that the other targets need (installs only what is missing)
+	@scripts/setup
+
+demo: setup ## two VMs, a million checked packets through them, a summary in build/demo.json
+	@scripts/demo
+
+test: setup ## C tests with sanitizers, then Python: unit, property, model, integration, vm
+	@scripts/test $(PYTEST_ARGS)
+
+bench: ## the figures of docs/performance.md, in build/bench/
+	@scripts/setup bench
+	@scripts/bench
+
+lint: ## ruff, mypy, compiler warnings as errors, licence lines
+	@scripts/setup lint
+	@scripts/lint
+
+docs: ## the documentation as HTML in build/docs, warnings as errors
+	@scripts/setup docs
+	@scripts/docs
+
+clean: ## removes build/ except cached VM images, and .venv
+	@scripts/clean

@@ -1,0 +1,354 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The borrower: an end that needs no ledger. It is the same on a host and in a guest; only how the lane was found differs. Everything it
+ * needs is in the lane and in its own memory.
+ */
+#include "rb_internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+static void boot_id(uint8_t out[16])
+{
+    FILE *f = fopen("/proc/sys/kernel/random/boot_id", "re");
+    char text[64] = "";
+    unsigned v, n = 0;
+    if (f) {
+        if (!fgets(text, sizeof text, f))
+            text[0] = 0;
+        fclose(f);
+    }
+    memset(out, 0, 16);
+    for (char *p = text; *p && n < 16; p += *p == '-' ? 1 : 2)
+        if (*p != '-' && sscanf(p, "%2x", &v) == 1)
+            out[n++] = (uint8_t)v;
+}
+
+/* Is the lane still what it was? One line of memory, read at every burst: nothing else tells a program in a guest that its device was
+ * unplugged. */
+int rb_client_check(struct rb_end *end)
+{
+    struct rb_header *h = &end->lane->header;
+    if (rb_load_acquire(&h->generation) != end->c->generation || h->magic != RB_MAGIC) {
+        end->closing = true;
+        return rb_fail(ENODEV, "detached", NULL, "queue %s was detached, or its cluster destroyed", end->address);
+    }
+    uint32_t epoch = rb_load_acquire(&h->epoch);
+    if (epoch == end->lane_epoch)
+        return 0;
+    end->lane_epoch = epoch;
+    if (rb_get(&h->state) != RB_SEG_OPEN || rb_get(&end->entry->ready) != 1 || end->entry->queue != end->queue) {
+        end->closing = true;
+        return rb_fail(ENODEV, "detached", NULL, "queue %s is being detached", end->address);
+    }
+    return 0;
+}
+
+int rb_client_open(struct rb_end *end)
+{
+    struct rb_ring *r = &end->ring;
+    struct rb_ctl *ctl = r->ctl;
+    int sends = end->flags & RB_TX;
+    struct rb_holder me;
+
+    r->p = rb_load_acquire(&ctl->p);
+    r->c = rb_load_acquire(&ctl->c);
+    r->rp = rb_load_acquire(&ctl->rp);
+    r->rc = rb_load_acquire(&ctl->rc);
+    /* After a crash of the VM its own indices can be anything: then nothing is unread. */
+    if (r->p - r->c > r->slots) {
+        if (sends)
+            rb_store_release(&ctl->p, r->p = r->c);
+        else
+            rb_store_release(&ctl->c, r->c = r->p);
+    }
+    if (r->rp - r->rc > r->returns) {
+        if (sends)
+            rb_store_release(&ctl->rc, r->rc = r->rp);
+        else
+            rb_store_release(&ctl->rp, r->rp = r->rc);
+    }
+    if (sends) {
+        end->stock = calloc(r->returns + RB_MAX_BURST, sizeof *end->stock);
+        if (end->kind == RB_LEG_DIRECT)
+            end->origin = calloc(end->c->buffers, sizeof *end->origin);
+        if (!end->stock || (end->kind == RB_LEG_DIRECT && !end->origin))
+            return rb_fail(ENOMEM, "no-memory", NULL, "out of memory");
+    }
+    end->lane_epoch = rb_load_acquire(&end->lane->header.epoch);
+    rb_holder_me(&me);
+    if (end->kind == RB_LEG_DIRECT && sends) { /* the producer of a direct lane is its lender: it echoes */
+        end->session = rb_get(&ctl->session);
+        end->echoed = true;
+        return 0;
+    }
+    ctl->abi = RB_ABI_VERSION;
+    boot_id(ctl->boot_id);
+    memcpy(ctl->name, me.name, sizeof ctl->name);
+    rb_set(&ctl->open, (uint32_t)me.pid);
+    end->session = 0;
+    while (!end->session || end->session == rb_get(&ctl->echo))
+        if (getrandom(&end->session, sizeof end->session, 0) != sizeof end->session)
+            end->session = rb_now_ns();
+    rb_store_release(&ctl->session, end->session);
+    return 0;
+}
+
+/* Nothing is consumed before the lender has seen this session. */
+static int echoed(struct rb_end *end)
+{
+    if (end->echoed)
+        return 1;
+    if (rb_load_acquire(&end->ring.ctl->echo) != end->session)
+        return 0;
+    end->echoed = true;
+    end->ring.p = end->flags & RB_TX ? end->ring.p : end->ring.c; /* read the ring anew: the lender may have mended slots */
+    return 1;
+}
+
+static int fault(struct rb_end *end)
+{
+    return rb_fail(EPROTO, "bad-lane", "detach and attach it again", "the indices of queue %s are impossible: its memory was overwritten", end->address);
+}
+
+static int client_recv(struct rb_end *end, rb_desc *desc, int max)
+{
+    struct rb_cluster *c = end->c;
+    struct rb_ring *r = &end->ring;
+    const uint16_t mine = (uint16_t)(RB_HAND_BORROWED + end->index);
+    uint32_t out = 0;
+    int rc = rb_client_check(end);
+    if (rc < 0 || !echoed(end) || rb_get(&end->entry->paused))
+        return rc;
+    while (out == 0) {
+        uint32_t n = rb_ring_ready(r, 1);
+        if (n == RB_RING_FAULT)
+            return fault(end);
+        n = RB_MIN(n, (uint32_t)max);
+        if (!n)
+            return 0;
+        rb_ring_read(r, desc, n);
+        rb_ring_consumed(r);
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t at = rb_number(c, desc[i].handle);
+            if (at == UINT32_MAX || c->where[at] || !rb_fits(c, desc[i].word)) {
+                end->st.drops[RB_DROP_BAD] += desc[i].handle != 0;
+                continue;
+            }
+            if (!(desc[i].word & 0x7fff)) { /* empty buffers that a direct producer leaves behind */
+                rb_client_give(end, &desc[i].handle, 1);
+                continue;
+            }
+            c->where[at] = mine;
+            end->st.bytes += desc[i].word & 0x7fff;
+            if (out != i)
+                desc[out] = desc[i];
+            out++;
+        }
+    }
+    end->st.packets += out;
+    return (int)out;
+}
+
+/* Handles into the return ring: it has room for all that can be lent. */
+int rb_client_give(struct rb_end *end, const uint32_t *handles, int n)
+{
+    struct rb_ring *r = &end->ring;
+    if (rb_client_check(end) < 0 && rb_load_acquire(&end->lane->header.generation) != end->c->generation)
+        return 0; /* there is nobody to give them to */
+    for (int i = 0; i < n; i++)
+        r->returned[(r->rp + (uint32_t)i) & r->rmask] = handles[i];
+    r->rp += (uint32_t)n;
+    rb_store_release(&r->ctl->rp, r->rp);
+    return n;
+}
+
+static int consumer_count(struct rb_end *end)
+{
+    uint32_t n = rb_load_acquire(&end->ring.ctl->p) - end->ring.c;
+    return echoed(end) && n <= end->ring.slots ? (int)n : 0;
+}
+
+static int consumer_ready(struct rb_end *end)
+{
+    struct rb_header *h = &end->lane->header;
+    if (rb_load_acquire(&h->generation) != end->c->generation || rb_load_acquire(&h->epoch) != end->lane_epoch)
+        return 1;
+    if (!end->echoed)
+        return rb_load_acquire(&end->ring.ctl->echo) == end->session;
+    return !rb_get(&end->entry->paused) && rb_load_acquire(&end->ring.ctl->p) != end->ring.c;
+}
+
+static void leave(struct rb_end *end)
+{
+    if (rb_load_acquire(&end->lane->header.generation) == end->c->generation)
+        rb_set(&end->ring.ctl->open, 0);
+}
+
+static void rx_close(struct rb_end *end) { leave(end); }
+
+const struct rb_end_ops rb_client_rx_ops = {
+    .recv = client_recv, .ready = consumer_ready, .count = consumer_count, .close = rx_close,
+};
+
+/* ---- sending as a client: the server of a grant queue, or the peer VM of a direct one, hands out empties --------------------- */
+
+/* A direct producer takes back what its peer returned: its own empties, and packets of other queues that go home through them. */
+static void take_back(struct rb_end *end, uint32_t handle)
+{
+    uint32_t at = rb_number(end->c, handle);
+    if (at == UINT32_MAX || end->c->where[at])
+        return;
+    uint16_t from = end->origin ? end->origin[at] : 0;
+    if (from >= RB_HAND_BORROWED && from != RB_HAND_BORROWED + end->index && end->c->end[from - RB_HAND_BORROWED]) {
+        end->origin[at] = 0;
+        rb_client_give(end->c->end[from - RB_HAND_BORROWED], &handle, 1);
+    } else if (end->stocked < end->ring.returns)
+        end->stock[end->stocked++] = handle;
+}
+
+static void refill(struct rb_end *end)
+{
+    struct rb_ring *r = &end->ring;
+    uint32_t n = rb_ring_returned(r, 1);
+    if (n == RB_RING_FAULT || !n)
+        return;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t handle = *(volatile uint32_t *)&r->returned[(r->rc + i) & r->rmask];
+        if (handle)
+            take_back(end, handle);
+    }
+    r->rc += n;
+    rb_store_release(&r->ctl->rc, r->rc);
+}
+
+/* The consumer of a direct lane came anew: what its predecessor had in hand is ours again, as far as we know of it. */
+static void direct_echo(struct rb_end *end)
+{
+    struct rb_ring *r = &end->ring;
+    uint64_t session = rb_load_acquire(&r->ctl->session);
+    if (session == end->session && rb_get(&r->ctl->echo) == session)
+        return;
+    refill(end);
+    uint32_t c = rb_load_acquire(&r->ctl->c);
+    uint8_t *unread = calloc(1, end->c->buffers / 8 + 1);
+    if (!unread)
+        return;
+    for (uint32_t i = c; r->p - c <= r->slots && i != r->p; i++) {
+        uint32_t at = rb_number(end->c, r->forward[i & r->mask].handle);
+        if (at != UINT32_MAX)
+            unread[at / 8] |= (uint8_t)(1u << at % 8);
+    }
+    for (uint32_t at = 0; at < end->c->buffers; at++)
+        if (end->origin[at] && !end->c->where[at] && !(unread[at / 8] >> at % 8 & 1)) {
+            if (end->origin[at] == RB_HAND_BORROWED + end->index)
+                end->origin[at] = 0;
+            take_back(end, rb_handle_of(end->c, at));
+        }
+    free(unread);
+    end->session = session;
+    rb_store_release(&r->ctl->echo, session);
+}
+
+static int client_alloc(struct rb_end *end, rb_desc *desc, int n)
+{
+    struct rb_cluster *c = end->c;
+    int rc = rb_client_check(end), out = 0;
+    if (rc < 0 || !echoed(end))
+        return rc;
+    if (end->stocked < (uint32_t)n)
+        refill(end);
+    while (out < n && end->stocked) {
+        uint32_t handle = end->stock[--end->stocked];
+        c->where[rb_number(c, handle)] = (uint16_t)(RB_HAND_BORROWED + end->index);
+        desc[out].handle = handle;
+        desc[out].ts = 0;
+        rb_desc_set(&desc[out++], 0, RB_BUFFER_HEADER, 0);
+    }
+    return out;
+}
+
+static int client_send(struct rb_end *end, rb_desc *desc, int n)
+{
+    struct rb_cluster *c = end->c;
+    struct rb_ring *r = &end->ring;
+    uint64_t bytes = 0;
+    uint32_t i;
+    int rc = rb_client_check(end);
+    if (rc < 0 || !echoed(end) || rb_get(&end->entry->paused))
+        return rc;
+    if (end->kind == RB_LEG_DIRECT)
+        direct_echo(end);
+    uint32_t space = rb_ring_space(r, (uint32_t)n);
+    if (space == RB_RING_FAULT)
+        return fault(end);
+    n = (int)RB_MIN((uint32_t)n, space);
+    for (i = 0; i < (uint32_t)n; i++) {
+        uint32_t at = rb_number(c, desc[i].handle);
+        if (at == UINT32_MAX || !c->where[at] || !rb_fits(c, desc[i].word))
+            break;
+        if (end->origin)
+            end->origin[at] = c->where[at];
+        c->where[at] = RB_HAND_NONE;
+        bytes += desc[i].word & 0x7fff;
+    }
+    if (!i)
+        return n ? rb_fail(EINVAL, "bad-descriptor", NULL, "descriptor %u is not in this handle's hand, or does not fit its buffer", desc[0].handle) : 0;
+    rb_ring_write(r, desc, i);
+    rb_ring_publish(r);
+    end->st.packets += i;
+    end->st.bytes += bytes;
+    rb_set(&r->ctl->packets, end->st.packets);
+    rb_set(&r->ctl->bytes, end->st.bytes);
+    return (int)i;
+}
+
+static int producer_count(struct rb_end *end)
+{
+    uint32_t n = end->ring.p - rb_load_acquire(&end->ring.ctl->c);
+    return n <= end->ring.slots ? (int)n : 0;
+}
+
+static int producer_ready(struct rb_end *end)
+{
+    struct rb_header *h = &end->lane->header;
+    if (rb_load_acquire(&h->generation) != end->c->generation || rb_load_acquire(&h->epoch) != end->lane_epoch)
+        return 1;
+    if (!end->echoed)
+        return rb_load_acquire(&end->ring.ctl->echo) == end->session;
+    return producer_count(end) < (int)end->ring.slots;
+}
+
+static void client_service(struct rb_end *end)
+{
+    if (end->kind == RB_LEG_DIRECT && rb_client_check(end) == 0) {
+        direct_echo(end);
+        refill(end);
+    }
+}
+
+/* Empties go back as descriptors of length 0; those for which there is no room come home with the next session. */
+static void tx_close(struct rb_end *end)
+{
+    if (rb_client_check(end) == 0 && echoed(end)) {
+        struct rb_ring *r = &end->ring;
+        refill(end);
+        while (end->stocked) {
+            rb_desc d = {.handle = end->stock[end->stocked - 1]};
+            if (rb_ring_space(r, 1) - 1 >= r->slots)
+                break;
+            rb_desc_set(&d, 0, RB_BUFFER_HEADER, 0);
+            rb_ring_write(r, &d, 1);
+            end->stocked--;
+        }
+        rb_ring_publish(r);
+    }
+    if (end->kind != RB_LEG_DIRECT)
+        leave(end);
+}
+
+const struct rb_end_ops rb_client_tx_ops = {
+    .send = client_send, .alloc = client_alloc, .ready = producer_ready, .count = producer_count, .service = client_service, .close = tx_close,
+};

@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The only place with memory ordering.
+ *
+ * Between the two ends of a lane there are exactly these ordered accesses: the four indices of a queue, the session and its
+ * echo, each written by one side with release and read by the other with acquire. Everything in between (slots, handles,
+ * packet bytes) is plain, since the index publishes it. A peer in a VM is a peer like any other: its processor, real or
+ * emulated, keeps the order of its own release stores.
+ *
+ * `state` is different: it is read again only after its writer died, so the order that counts is the order in which the
+ * stores were made by the writer's program. A killed process has made a prefix of its stores; only the compiler could change
+ * which prefix. So words of `state` are relaxed atomics with rb_order() between the steps, which costs no instruction.
+ */
+#ifndef RB_ATOMIC_H
+#define RB_ATOMIC_H
+#include <stdatomic.h>
+#include <stdint.h>
+
+typedef _Atomic uint32_t rb_a32;
+typedef _Atomic uint64_t rb_a64;
+
+#define rb_load_acquire(p) atomic_load_explicit((p), memory_order_acquire)
+#define rb_store_release(p, v) atomic_store_explicit((p), (v), memory_order_release)
+#define rb_get(p) atomic_load_explicit((p), memory_order_relaxed)
+#define rb_set(p, v) atomic_store_explicit((p), (v), memory_order_relaxed)
+/* Keeps the compiler from moving stores to `state` over this line. */
+#define rb_order() atomic_signal_fence(memory_order_seq_cst)
+
+static inline void rb_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+#endif

@@ -1,0 +1,250 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Everything that lies in shared memory, and nothing else: the one file that a change of ABI version touches.
+ *
+ * Tags: [const] written once before others see it; [lock] written under the recovery lock; [server], [client] written by that
+ * side of the lane only; [book] written by the book's owner or by whoever recovers it under the lock.
+ * Indices only, never pointers. All integers little endian. docs/protocol.md tells how these are used.
+ */
+#ifndef RB_LAYOUT_H
+#define RB_LAYOUT_H
+#include "rb_atomic.h"
+#include "ringbar.h"
+
+#include <assert.h>
+
+#define RB_MAGIC 0x315241424752ull /* "RGBAR1" as bytes, little endian */
+
+enum rb_kind { RB_KIND_POOL = 1, RB_KIND_LANE = 2, RB_KIND_STATE = 3 };
+enum rb_segment_state { RB_SEG_FREE = 0, RB_SEG_OPEN = 1, RB_SEG_CLOSING = 2, RB_SEG_GONE = 3 };
+
+#define RB_HEADER_SIZE 256u /* of every segment; buffer 0 of a pool is at least as large */
+#define RB_LANE_QUEUES 64u
+#define RB_MAX_QUEUES 2048u /* of a cluster */
+#define RB_MAX_LANES 256u
+#define RB_MAX_POOLS 8u
+#define RB_MAX_BOOKS 64u
+#define RB_MAX_DEVICES 64u
+#define RB_EXTENT 64u /* buffers that change their home together */
+#define RB_MAX_SLOTS 65536u
+#define RB_MAX_BUFFERS (1u << 24)
+#define RB_INDEX_MASK 0xffffffu
+
+/* First bytes of every segment. The first 64 never change between ABI versions. */
+struct rb_header {
+    uint64_t magic;      /* [const] RB_MAGIC */
+    uint32_t abi;        /* [const] */
+    uint32_t kind;       /* [const] enum rb_kind */
+    uint32_t cluster;    /* [const] */
+    uint32_t segment;    /* [const] number among its kind */
+    uint64_t size;       /* [const] bytes, power of two */
+    rb_a64 generation;   /* [lock] of the cluster's life, never 0; 0 = gone */
+    rb_a32 epoch;        /* [lock] changes with the table of a lane */
+    rb_a32 state;        /* [lock] enum rb_segment_state */
+    uint64_t created_ns; /* [const] */
+    uint32_t buffer_size, buffers; /* [const] pool: bytes of a buffer; how many, buffer 0 included */
+    uint8_t reserved[RB_HEADER_SIZE - 64];
+};
+static_assert(sizeof(struct rb_header) == RB_HEADER_SIZE, "header");
+
+/* ---- lane --------------------------------------------------------------------------------------------------- */
+
+enum rb_leg_kind {
+    RB_LEG_NONE = 0,
+    RB_LEG_LEND = 1,   /* the server produces, the client consumes and returns */
+    RB_LEG_GRANT = 2,  /* the client produces, the server consumes and grants empties */
+    RB_LEG_DIRECT = 3, /* both ends are clients, in two VMs; the producer takes back what it lent */
+};
+
+/* One queue of a lane. */
+struct rb_lane_entry {
+    rb_a32 ready;      /* [lock] 1 once the rest is valid, 0 = free */
+    uint32_t queue;    /* [lock] number in the cluster */
+    uint32_t kind;     /* [lock] enum rb_leg_kind */
+    uint32_t slots;    /* [lock] of the forward ring, power of two */
+    uint32_t returns;  /* [lock] of the return ring, power of two, >= credit */
+    uint32_t credit;   /* [lock] */
+    uint64_t forward_at, return_at; /* [lock] offsets in the lane */
+    rb_a32 paused;     /* [lock] */
+    uint32_t producer; /* [lock] DIRECT: 1 in the producer's copy of the entry */
+    uint32_t reserved[4];
+};
+static_assert(sizeof(struct rb_lane_entry) == 64, "lane entry");
+
+struct rb_slot {
+    uint32_t handle, word;
+    uint64_t ts;
+};
+static_assert(sizeof(struct rb_slot) == 16 && sizeof(rb_desc) == 16, "a descriptor is a slot");
+
+/* Indices are free-running; 128 bytes apart, since processors fetch lines in pairs. */
+struct rb_ctl {
+    rb_a32 p;          /* [producer] forward ring written up to here */
+    uint8_t pad0[124];
+    rb_a32 c;          /* [consumer] forward ring read up to here */
+    uint8_t pad1[124];
+    rb_a32 rp;         /* return ring written up to here: [client] LEND, [server] GRANT, [consumer] DIRECT */
+    uint8_t pad2[124];
+    rb_a32 rc;         /* return ring read up to here: [server] LEND, [client] GRANT, [producer] DIRECT */
+    uint8_t pad3[124];
+    rb_a64 session;    /* [client] one opening of the client's end; never repeats; 0 = never opened */
+    rb_a32 open;       /* [client] process id while a program has it open */
+    uint32_t abi;      /* [client] */
+    uint8_t boot_id[16]; /* [client] of a guest */
+    char name[32];     /* [client] program */
+    uint8_t pad4[64];
+    rb_a64 echo;       /* [server] the session it deals with */
+    uint8_t pad5[120];
+    rb_a64 packets, bytes, dropped; /* [client] */
+    uint8_t pad6[232];
+};
+static_assert(sizeof(struct rb_ctl) == 1024, "ctl");
+
+struct rb_lane {
+    struct rb_header header;
+    uint32_t abi_min, abi_max;   /* [const] what the host speaks */
+    char vm[128];                /* [const] "" = the host's own */
+    uint64_t clock_offset;       /* reserved for the host's clock */
+    uint8_t pad0[1024 - 256 - 144];
+    rb_a64 closing_ack[16];      /* [client] one word a guest program: its session once it unmapped */
+    uint8_t pad1[4096 - 1024 - 128];
+    struct rb_lane_entry entry[RB_LANE_QUEUES]; /* at 4096 */
+    uint8_t pad2[8192];
+    struct rb_ctl ctl[RB_LANE_QUEUES];          /* at 16384 */
+    /* rings follow at 81920 */
+};
+#define RB_LANE_RINGS_AT 81920u
+static_assert(offsetof(struct rb_lane, entry) == 4096 && offsetof(struct rb_lane, ctl) == 16384, "lane");
+static_assert(sizeof(struct rb_lane) == RB_LANE_RINGS_AT, "lane");
+
+/* ---- state -------------------------------------------------------------------------------------------------- */
+
+/* Who holds something: written after the record lock was taken. */
+struct rb_holder {
+    int32_t pid; /* 0 = nobody; a VM's end: 0 with a lane */
+    uint32_t lane; /* number + 1 of the VM's lane; 0 = a process */
+    uint64_t start;    /* start time of the process, clock ticks since boot */
+    uint64_t pid_ns;   /* inode of its pid namespace */
+    uint64_t since_ns;
+    char name[32];
+};
+static_assert(sizeof(struct rb_holder) == 64, "holder");
+
+/* A queue is one leg, or two when a VM sends on it and somebody else than its server receives. */
+enum { RB_LEG_R = 0, RB_LEG_T = 1 }; /* leg number = 2 * queue + this; R: towards the consumer, T: from a sending VM */
+#define RB_MAX_LEGS (2 * RB_MAX_QUEUES)
+
+enum { RB_IX_P, RB_IX_C, RB_IX_RP, RB_IX_RC };
+
+struct rb_leg {
+    /* [lock] */
+    uint32_t kind;      /* enum rb_leg_kind; NONE = this leg does not exist */
+    uint32_t slots, returns, credit;
+    rb_a64 place;       /* lane << 32 | entry + 1, where its rings are; one store moves it */
+    rb_a64 wanted;      /* where they shall be, set by whoever attaches; the book moves them */
+    rb_a32 book;        /* number + 1 of the book that serves it; 0 = none yet */
+    rb_a32 client_book; /* number + 1 of the host client's book; 0 = a plain client */
+    rb_a32 release;     /* 1: the book takes home all that is lent on it (its VM let go); 2: and quarantines it */
+    rb_a32 paused;
+    uint64_t next_session;
+    uint8_t pad0[72];
+    /* [book] */
+    rb_a32 committed[4]; /* RB_IX_*: those of the server's two indices; the others unused */
+    rb_a64 echoed;
+    uint8_t boot_id[16];
+    rb_a32 lent;         /* for people; the truth is the ledger */
+    uint8_t pad1[84];
+    rb_a64 packets, bytes, copied, foreign, drops[RB_DROP_REASONS];
+    uint8_t pad2[128 - 8 * (4 + RB_DROP_REASONS)];
+};
+static_assert(sizeof(struct rb_leg) == 384, "leg");
+
+struct rb_queue {
+    uint32_t used, slots, credit, direct; /* [lock] */
+    struct rb_holder end[2];              /* [lock] 0 = tx (producer), 1 = rx (consumer) */
+    uint8_t pad[48];
+};
+static_assert(sizeof(struct rb_queue) == 192, "queue");
+
+struct rb_segment_record { /* [lock] */
+    rb_a32 state;          /* enum rb_segment_state */
+    uint32_t pages;
+    uint64_t size;
+    char path[128];
+    char vm[128];
+    char identity[64];
+    rb_a32 book;           /* a VM's lane: number + 1 of its serving book */
+    uint32_t domain;
+    uint8_t pad[40];
+};
+static_assert(sizeof(struct rb_segment_record) == 384, "segment record");
+
+struct rb_device_record { /* [lock], mode by its owner */
+    uint32_t used, book;  /* number + 1 */
+    char name[32];
+    char mode[16];
+    rb_a64 packets_in, packets_out, dropped;
+    uint8_t pad[48];
+};
+static_assert(sizeof(struct rb_device_record) == 128, "device record");
+
+/* Operations of an intent record. The word: operation 4 bits, count 12, leg 16, base 32, from the high end; 0 = none. */
+enum rb_op { RB_OP_NONE = 0, RB_OP_LEND = 1, RB_OP_TAKE = 2, RB_OP_GRANT = 3, RB_OP_COLLECT = 4 };
+
+struct rb_book_record {
+    uint32_t used;          /* [lock] */
+    rb_a32 epoch;           /* [lock] moves when something in the book changed: its owner then looks */
+    struct rb_holder owner; /* [lock] */
+    uint8_t pad0[56];
+    rb_a32 seen;            /* [book] the epoch it acted upon */
+    uint8_t pad1[60];
+    rb_a32 free;            /* [book] for people */
+    uint8_t pad2[60];
+    rb_a64 intent;          /* [book] */
+    uint8_t pad3[56];
+    rb_a32 handles[RB_MAX_BURST]; /* [book] of the intent */
+};
+static_assert(sizeof(struct rb_book_record) == 1344, "book record");
+
+struct rb_state {
+    struct rb_header header;
+    /* [lock] */
+    uint32_t buffer_size, pages, persistent, sealed;
+    uint32_t capacity; /* buffers that the ledgers have room for */
+    uint32_t buffers;  /* that exist, over all pools */
+    uint32_t domains;
+    uint32_t reserved;
+    char label[32];
+    struct rb_holder owner;
+    uint8_t pad0[4096 - RB_HEADER_SIZE - 128];
+    struct rb_segment_record pool[RB_MAX_POOLS];
+    struct rb_segment_record lane[RB_MAX_LANES];
+    struct rb_device_record device[RB_MAX_DEVICES];
+    struct rb_book_record book[RB_MAX_BOOKS];
+    struct rb_queue queue[RB_MAX_QUEUES];
+    struct rb_leg leg[RB_MAX_LEGS];
+    /* then uint8_t extent[capacity / RB_EXTENT] (book + 1, 0 = nobody's) and, at the next page, the ledgers: capacity words a book */
+};
+
+/* ---- ledger words ---------------------------------------------------------------------------------------------
+ * Level 0 is used where the buffer is at home in this book, level 1 where the book lends on what it borrowed.
+ *   bits 0..2 kind 0, 3..18 leg or device 0, 19..20 kind 1, 21..36 leg or device 1, 37..52 leg of origin */
+enum rb_word { RB_W_NONE = 0, RB_W_HOME = 1, RB_W_LENT = 2, RB_W_DEVICE = 3, RB_W_SHARED = 4, RB_W_QUARANTINED = 5 };
+
+#define RB_WORD(kind, leg) ((uint64_t)(kind) | (uint64_t)(leg) << 3)
+#define RB_WORD_SUB(kind, leg, origin) ((uint64_t)(kind) << 19 | (uint64_t)(leg) << 21 | (uint64_t)(origin) << 37)
+#define RB_WORD_KIND(w) ((uint32_t)((w) & 7))
+#define RB_WORD_LEG(w) ((uint32_t)((w) >> 3 & 0xffff))
+#define RB_WORD_SUBKIND(w) ((uint32_t)((w) >> 19 & 3))
+#define RB_WORD_SUBLEG(w) ((uint32_t)((w) >> 21 & 0xffff))
+#define RB_WORD_ORIGIN(w) ((uint32_t)((w) >> 37 & 0xffff))
+#define RB_WORD_LEVEL0(w) ((w) & 0x7ffff)
+
+#define RB_INTENT(op, leg, count, base) \
+    ((uint64_t)(op) << 60 | (uint64_t)(count) << 48 | (uint64_t)(leg) << 32 | (uint32_t)(base))
+#define RB_INTENT_OP(i) ((uint32_t)((i) >> 60))
+#define RB_INTENT_COUNT(i) ((uint32_t)((i) >> 48 & 0xfff))
+#define RB_INTENT_LEG(i) ((uint32_t)((i) >> 32 & 0xffff))
+#define RB_INTENT_BASE(i) ((uint32_t)(i))
+
+#endif

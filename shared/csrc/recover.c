@@ -1,0 +1,353 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the dead left behind. Three cases, told apart strictly (tests/model says why):
+ * - A server died: whoever acts for it completes or undoes its one armed intent, from `state` alone, and rewrites the lane's index from
+ *   the committed one. Under the recovery lock, and again from the start when the one who did it dies too.
+ * - A client died: nobody but its lender may take home what it held, and only when a successor (or a reaper in its name) has written a new
+ *   session, which consumes nothing until the lender has echoed it.
+ * - A VM let go of a lane: its lender takes home all that is not unread.
+ */
+#include "rb_internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/random.h>
+
+int rb_book_dead(struct rb_registry *reg, uint32_t book)
+{
+    return reg->state->book[book].used && rb_byte_holder(reg, RB_LOCK_BOOK + book) == 0;
+}
+
+/* ---- intents ----------------------------------------------------------------------------------------------------- */
+
+/* One entry of a lend or grant that was not committed: set back only what reads exactly as this operation would have written it. */
+static void undo_lend(struct rb_server *s, uint32_t leg, uint32_t handle)
+{
+    uint32_t at = rb_number(s->c, handle);
+    uint64_t w = at == UINT32_MAX ? 0 : rb_get(&s->ledger[at]);
+    if (RB_WORD_SUBKIND(w) == RB_W_LENT && RB_WORD_SUBLEG(w) == leg)
+        rb_set(&s->ledger[at], RB_WORD_LEVEL0(w));
+    else if (w == RB_WORD(RB_W_LENT, leg))
+        rb_set(&s->ledger[at], RB_WORD(RB_W_HOME, 0));
+}
+
+/* One entry of a take or collect that was not committed: validated and applied as the first time; what was applied already no longer
+ * validates and is skipped. */
+static void redo_take(struct rb_server *s, struct rb_leg_ctx *l, uint32_t handle)
+{
+    uint32_t at = rb_number(s->c, handle), leg;
+    uint64_t w = at == UINT32_MAX ? 0 : rb_get(&s->ledger[at]);
+    struct rb_leg_ctx *from;
+    int sub = RB_WORD_SUBKIND(w) == RB_W_LENT;
+    if (!sub && RB_WORD_KIND(w) != RB_W_LENT)
+        return;
+    leg = sub ? RB_WORD_SUBLEG(w) : RB_WORD_LEG(w);
+    if (leg != l->number && (rb_server_leg(s, leg, &from) < 0 || !l->domain || from->domain != l->domain || l->kind != RB_LEG_GRANT))
+        return;
+    rb_set(&s->ledger[at], sub ? RB_WORD_LEVEL0(w) : RB_WORD(RB_W_HOME, 0));
+}
+
+void rb_recover_intent(struct rb_server *s)
+{
+    uint64_t intent = rb_get(&s->rec->intent);
+    enum rb_op op = RB_INTENT_OP(intent);
+    uint32_t n = RB_INTENT_COUNT(intent), base = RB_INTENT_BASE(intent), leg = RB_INTENT_LEG(intent);
+    struct rb_leg_ctx *l;
+    if (op == RB_OP_NONE)
+        return;
+    if (n <= RB_MAX_BURST && leg < RB_MAX_LEGS && rb_server_leg(s, leg, &l) == 0) {
+        static const int index_of[] = {[RB_OP_LEND] = RB_IX_P, [RB_OP_TAKE] = RB_IX_RC, [RB_OP_GRANT] = RB_IX_RP, [RB_OP_COLLECT] = RB_IX_C};
+        rb_a32 *committed = &l->rec->committed[index_of[op]];
+        rb_a32 *in_lane = op == RB_OP_LEND ? &l->ring.ctl->p : op == RB_OP_TAKE ? &l->ring.ctl->rc : op == RB_OP_GRANT ? &l->ring.ctl->rp : &l->ring.ctl->c;
+        if (rb_get(committed) == base) {
+            for (uint32_t i = 0; i < n; i++) {
+                uint32_t handle = rb_get(&s->rec->handles[i]);
+                if (op == RB_OP_LEND || op == RB_OP_GRANT)
+                    undo_lend(s, leg, handle);
+                else
+                    redo_take(s, l, handle);
+            }
+            rb_order();
+            if (op == RB_OP_TAKE || op == RB_OP_COLLECT)
+                rb_set(committed, base + n);
+        }
+        rb_order();
+        rb_store_release(in_lane, rb_get(committed));
+        l->ring.p = l->kind == RB_LEG_LEND ? rb_get(&l->rec->committed[RB_IX_P]) : l->ring.p;
+        l->ring.c = l->kind == RB_LEG_LEND ? l->ring.p - l->ring.slots : rb_get(&l->rec->committed[RB_IX_C]);
+        l->ring.rc = l->kind == RB_LEG_LEND ? rb_get(&l->rec->committed[RB_IX_RC]) : l->ring.rc;
+        l->ring.rp = l->kind == RB_LEG_LEND ? l->ring.rc : rb_get(&l->rec->committed[RB_IX_RP]);
+        if (l->kind != RB_LEG_LEND) {
+            l->ring.p = l->ring.c;
+            l->ring.rc = l->ring.rp - l->ring.returns;
+        }
+    }
+    rb_order();
+    rb_set(&s->rec->intent, 0);
+}
+
+/* ---- sessions ------------------------------------------------------------------------------------------------------ */
+
+struct reclaim {
+    struct rb_leg_ctx *l;
+    uint8_t *keep; /* a bit per buffer that is still in a ring */
+    rb_a64 *client_ledger;
+    enum rb_reclaim how;
+};
+
+static int bit(const uint8_t *bits, uint32_t i) { return bits[i / 8] >> i % 8 & 1; }
+static void set_bit(uint8_t *bits, uint32_t i) { bits[i / 8] |= (uint8_t)(1u << i % 8); }
+
+static int lent_on(struct rb_server *s, uint32_t number, uint32_t leg)
+{
+    uint64_t w = rb_get(&s->ledger[number]);
+    return w == RB_WORD(RB_W_LENT, leg) || (RB_WORD_SUBKIND(w) == RB_W_LENT && RB_WORD_SUBLEG(w) == leg);
+}
+
+/* Mark what is unread between two indices of a forward ring, newest first, and zero what cannot be right: a handle that is not lent on this
+ * leg, or one that was met already. A guest can have written anything there. */
+static void keep_forward(struct rb_server *s, struct rb_leg_ctx *l, uint32_t from, uint32_t to, uint8_t *keep)
+{
+    for (uint32_t i = to; i != from; i--) {
+        struct rb_slot *slot = &l->ring.forward[(i - 1) & l->ring.mask];
+        uint32_t at = rb_number(s->c, slot->handle);
+        if (at == UINT32_MAX || !lent_on(s, at, l->number) || bit(keep, at) || !rb_fits(s->c, slot->word))
+            slot->handle = 0; /* consumers skip it */
+        else
+            set_bit(keep, at);
+    }
+}
+
+static void keep_grants(struct rb_server *s, struct rb_leg_ctx *l, uint32_t from, uint32_t to, uint8_t *keep)
+{
+    for (uint32_t i = to; i != from; i--) {
+        uint32_t *slot = &l->ring.returned[(i - 1) & l->ring.rmask], at = rb_number(s->c, *slot);
+        if (at == UINT32_MAX || !lent_on(s, at, l->number) || bit(keep, at))
+            *slot = 0;
+        else
+            set_bit(keep, at);
+    }
+}
+
+/* What the VM has sent and this server has not collected yet may be lent on any leg of its domain. */
+static void keep_sent(struct rb_server *s, struct rb_leg_ctx *t, uint8_t *keep)
+{
+    uint32_t p = rb_load_acquire(&t->ring.ctl->p);
+    if (p - t->ring.c > t->ring.slots)
+        return;
+    for (uint32_t i = t->ring.c; i != p; i++) {
+        uint32_t at = rb_number(s->c, t->ring.forward[i & t->ring.mask].handle);
+        if (at != UINT32_MAX)
+            set_bit(keep, at);
+    }
+}
+
+static void reclaim_word(struct rb_server *s, uint32_t number, uint64_t w, void *arg)
+{
+    struct reclaim *r = arg;
+    struct rb_leg_ctx *l = r->l;
+    if (RB_WORD_KIND(w) == RB_W_QUARANTINED && RB_WORD_LEG(w) == l->number && r->how != RB_RECLAIM_QUARANTINE) {
+        rb_server_home(s, number, rb_handle_of(s->c, number));
+        s->quarantined -= s->quarantined > 0;
+        return;
+    }
+    if (!lent_on(s, number, l->number) || bit(r->keep, number))
+        return;
+    if (r->client_ledger) { /* its client has lent it on: it comes back by itself */
+        uint64_t v = rb_get(&r->client_ledger[number]);
+        if (RB_WORD_SUBKIND(v) && RB_WORD_ORIGIN(v) == l->number)
+            return;
+    }
+    l->lent--;
+    if (RB_WORD_SUBKIND(w)) {
+        rb_set(&s->ledger[number], RB_WORD_LEVEL0(w));
+        if (!s->acting)
+            rb_give(s->c, RB_WORD_ORIGIN(w), rb_handle_of(s->c, number));
+    } else if (r->how == RB_RECLAIM_QUARANTINE) {
+        rb_set(&s->ledger[number], RB_WORD(RB_W_QUARANTINED, l->number));
+        s->quarantined++;
+    } else
+        rb_server_home(s, number, rb_handle_of(s->c, number));
+}
+
+/* Take home what is lent on l and neither unread nor lent on by its client. */
+void rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how)
+{
+    struct reclaim r = {.l = l, .how = how};
+    r.keep = calloc(1, s->c->buffers / 8 + 1);
+    if (!r.keep)
+        return; /* nothing is lost: the next session tries again */
+    if (l->kind == RB_LEG_LEND) {
+        l->faulted = false;
+        l->ring.rp = l->ring.rc;
+        rb_server_take(s, l);
+    }
+    l->faulted = false;
+    uint32_t client_book = rb_get(&l->rec->client_book);
+    if (client_book && client_book != s->book + 1)
+        r.client_ledger = s->c->reg->ledgers + (uint64_t)(client_book - 1) * s->c->reg->state->capacity;
+    if (how == RB_RECLAIM_KEEP_UNREAD && l->kind == RB_LEG_LEND) {
+        uint32_t c = rb_load_acquire(&l->ring.ctl->c);
+        if (l->ring.p - c <= l->ring.slots)
+            keep_forward(s, l, c, l->ring.p, r.keep);
+    }
+    if (how == RB_RECLAIM_KEEP_UNREAD && l->kind == RB_LEG_GRANT && !rb_get(&l->rec->release)) {
+        uint32_t rc = rb_load_acquire(&l->ring.ctl->rc);
+        if (l->ring.rp - rc <= l->ring.returns)
+            keep_grants(s, l, rc, l->ring.rp, r.keep);
+    }
+    for (uint32_t i = 0; i < s->actives && l->domain && how == RB_RECLAIM_KEEP_UNREAD; i++)
+        if (s->active[i]->kind == RB_LEG_GRANT && s->active[i]->domain == l->domain)
+            keep_sent(s, s->active[i], r.keep);
+    rb_each_written(s, reclaim_word, &r);
+    rb_set(&l->rec->lent, l->lent);
+    free(r.keep);
+}
+
+void rb_renew(struct rb_server *s, struct rb_leg_ctx *l)
+{
+    uint64_t session = rb_load_acquire(&l->ring.ctl->session);
+    if (l->vm) { /* a VM that booted anew holds nothing on any of its legs */
+        uint8_t boot[16];
+        memcpy(boot, l->ring.ctl->boot_id, sizeof boot);
+        for (uint32_t i = 0; i < s->actives; i++) {
+            struct rb_leg_ctx *o = s->active[i];
+            uint8_t was[16];
+            memcpy(was, o->rec->boot_id, sizeof was);
+            static const uint8_t none[16];
+            if (o != l && o->domain == l->domain && memcmp(was, none, 16) != 0 && memcmp(was, boot, 16) != 0) {
+                memcpy(o->rec->boot_id, boot, sizeof boot);
+                rb_leg_reclaim(s, o, RB_RECLAIM_KEEP_UNREAD);
+            }
+        }
+        memcpy(l->rec->boot_id, boot, sizeof boot);
+    }
+    rb_leg_reclaim(s, l, RB_RECLAIM_KEEP_UNREAD);
+    rb_order();
+    rb_set(&l->rec->echoed, session);
+    rb_store_release(&l->ring.ctl->echo, session);
+}
+
+/* ---- taking over ----------------------------------------------------------------------------------------------------- */
+
+/* Make the dead book this handle's own. Recovery lock held. */
+int rb_adopt(struct rb_cluster *c, uint32_t book)
+{
+    struct rb_server *s;
+    int rc;
+    if (c->server) {
+        struct rb_server other;
+        if ((rc = rb_server_act(c, book, &other)) < 0)
+            return rc;
+        rb_server_service(&other);
+        rc = rb_server_end(&other) ? 0 : -EBUSY;
+        rb_server_done(&other);
+        if (rc < 0) {
+            rb_fail(EBUSY, "busy", NULL, "a dead process still has buffers lent on this queue, and this handle already serves others");
+            return rb_cure(EBUSY, "open the queue first, or with a handle of its own: attach to cluster %u once more", c->id);
+        }
+        return 1; /* the dead book ended: its queues are free */
+    }
+    s = calloc(1, sizeof *s);
+    if (!s)
+        return rb_fail(ENOMEM, "no-memory", NULL, "out of memory");
+    if ((rc = rb_byte_lock(c->reg, RB_LOCK_BOOK + book)) < 0) {
+        free(s);
+        return rb_fail(EBUSY, "busy", NULL, "another process is taking this queue over just now");
+    }
+    rc = rb_server_act(c, book, s);
+    if (rc < 0) {
+        rb_byte_unlock(c->reg, RB_LOCK_BOOK + book);
+        free(s);
+        return rc;
+    }
+    s->acting = false;
+    rb_holder_me(&s->rec->owner);
+    c->server = s;
+    s->epoch = rb_get(&s->rec->epoch) - 1; /* look at everything once */
+    rb_server_sync(s);
+    return 0;
+}
+
+static uint64_t new_session(void)
+{
+    uint64_t v = 0;
+    while (!v)
+        if (getrandom(&v, sizeof v, 0) != sizeof v)
+            v = rb_now_ns();
+    return v;
+}
+
+int rb_reap_all(struct rb_cluster *c)
+{
+    struct rb_state *state = c->reg->state;
+    int found = 0, rc = rb_enter(c->reg);
+    if (rc < 0)
+        return rc;
+    for (uint32_t q = 0; q < RB_MAX_QUEUES; q++)
+        for (unsigned e = 0; e < 2 && state->queue[q].used; e++) {
+            struct rb_holder *h = &state->queue[q].end[e];
+            struct rb_leg *leg = rb_leg_of(c, 2 * q + RB_LEG_R);
+            struct rb_ring r;
+            if (h->lane || !h->pid || rb_byte_holder(c->reg, RB_LOCK_END + 2 * q + e))
+                continue;
+            found++;
+            /* In the dead consumer's name: its lender will take home what it held. */
+            if (e == 1 && leg->kind == RB_LEG_LEND && !rb_get(&leg->client_book) && rb_place_ring(c, rb_get(&leg->place), &r, NULL) == 0 &&
+                rb_get(&r.ctl->open) == (uint32_t)h->pid) {
+                rb_set(&r.ctl->open, 0);
+                rb_store_release(&r.ctl->session, new_session());
+            }
+            memset(h, 0, sizeof *h);
+        }
+    for (uint32_t b = 0; b < RB_MAX_BOOKS; b++) {
+        struct rb_server s;
+        if (!rb_book_dead(c->reg, b))
+            continue;
+        found += state->book[b].owner.pid != 0;
+        state->book[b].owner.pid = 0;
+        if (rb_server_act(c, b, &s) < 0)
+            continue;
+        rb_zc_release_dead(&s);
+        rb_server_sync(&s);
+        rb_server_service(&s);
+        rb_server_end(&s);
+        rb_server_done(&s);
+    }
+    rb_leave(c->reg);
+    return found;
+}
+
+int rb_book_list(rb_cluster *c, rb_book_info *out, int n)
+{
+    int count = 0;
+    if (!c->reg)
+        return 0;
+    for (uint32_t b = 0; b < RB_MAX_BOOKS; b++) {
+        struct rb_book_record *r = &c->reg->state->book[b];
+        if (!r->used)
+            continue;
+        if (count < n) {
+            rb_book_info *o = &out[count];
+            const rb_a64 *ledger = c->reg->ledgers + (uint64_t)b * c->reg->state->capacity;
+            memset(o, 0, sizeof *o);
+            o->id = b;
+            o->pid = rb_byte_holder(c->reg, RB_LOCK_BOOK + b);
+            memcpy(o->name, r->owner.name, sizeof o->name);
+            for (uint32_t e = 0; e < (c->buffers + RB_EXTENT - 1) / RB_EXTENT; e++)
+                for (uint32_t i = 0; i < RB_EXTENT && c->reg->extent[e] == b + 1; i++) {
+                    uint64_t w = rb_get(&ledger[e * RB_EXTENT + i]);
+                    uint32_t kind = RB_WORD_KIND(w);
+                    o->home += kind != 0;
+                    o->free += kind == RB_W_HOME; /* with what its own hand holds */
+                    o->lent += kind == RB_W_LENT;
+                    o->shared += kind == RB_W_SHARED;
+                    o->quarantined += kind == RB_W_QUARANTINED;
+                    if (kind == RB_W_DEVICE)
+                        (*(o->pid ? &o->devices : &o->quiescing))++;
+                }
+        }
+        count++;
+    }
+    return count;
+}
