@@ -28,5 +28,5 @@ docs: ## the documentation as HTML in build/docs, warnings as errors
 	@scripts/setup docs
 	@scripts/docs
 
-clean: ## removes build/ except cached VM images, and .venv
+clean: ## removes build/, .venv and caches of tools
 	@scripts/clean
