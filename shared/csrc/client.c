@@ -46,18 +46,29 @@ int rb_client_check(struct rb_end *end)
     return 0;
 }
 
-int rb_client_open(struct rb_end *end)
+/* A new session: the lender takes home what was held here before, and says so with its echo. */
+static void ask(struct rb_end *end)
+{
+    struct rb_ctl *ctl = end->ring.ctl;
+    end->echoed = end->again = false;
+    end->session = 0;
+    while (!end->session || end->session == rb_get(&ctl->echo))
+        if (getrandom(&end->session, sizeof end->session, 0) != sizeof end->session)
+            end->session = rb_now_ns();
+    rb_store_release(&ctl->session, end->session);
+}
+
+/* The indices as the lane has them. One's own can be anything after a crash of the VM; then the peer's is taken: nothing is unread. Only
+ * after the echo, since until then the lender may still be completing what its dead predecessor began. */
+static void start_from_lane(struct rb_end *end)
 {
     struct rb_ring *r = &end->ring;
     struct rb_ctl *ctl = r->ctl;
     int sends = end->flags & RB_TX;
-    struct rb_holder me;
-
     r->p = rb_load_acquire(&ctl->p);
     r->c = rb_load_acquire(&ctl->c);
     r->rp = rb_load_acquire(&ctl->rp);
     r->rc = rb_load_acquire(&ctl->rc);
-    /* After a crash of the VM its own indices can be anything: then nothing is unread. */
     if (r->p - r->c > r->slots) {
         if (sends)
             rb_store_release(&ctl->p, r->p = r->c);
@@ -70,6 +81,15 @@ int rb_client_open(struct rb_end *end)
         else
             rb_store_release(&ctl->rp, r->rp = r->rc);
     }
+}
+
+int rb_client_open(struct rb_end *end)
+{
+    struct rb_ring *r = &end->ring;
+    struct rb_ctl *ctl = r->ctl;
+    int sends = end->flags & RB_TX;
+    struct rb_holder me;
+
     if (sends) {
         end->stock = calloc(r->returns + RB_MAX_BURST, sizeof *end->stock);
         if (end->kind == RB_LEG_DIRECT)
@@ -82,17 +102,14 @@ int rb_client_open(struct rb_end *end)
     if (end->kind == RB_LEG_DIRECT && sends) { /* the producer of a direct lane is its lender: it echoes */
         end->session = rb_get(&ctl->session);
         end->echoed = true;
+        start_from_lane(end);
         return 0;
     }
     ctl->abi = RB_ABI_VERSION;
     boot_id(ctl->boot_id);
     memcpy(ctl->name, me.name, sizeof ctl->name);
     rb_set(&ctl->open, (uint32_t)me.pid);
-    end->session = 0;
-    while (!end->session || end->session == rb_get(&ctl->echo))
-        if (getrandom(&end->session, sizeof end->session, 0) != sizeof end->session)
-            end->session = rb_now_ns();
-    rb_store_release(&ctl->session, end->session);
+    ask(end);
     return 0;
 }
 
@@ -103,8 +120,12 @@ static int echoed(struct rb_end *end)
         return 1;
     if (rb_load_acquire(&end->ring.ctl->echo) != end->session)
         return 0;
+    if (end->again) {
+        ask(end);
+        return 0;
+    }
+    start_from_lane(end);
     end->echoed = true;
-    end->ring.p = end->flags & RB_TX ? end->ring.p : end->ring.c; /* read the ring anew: the lender may have mended slots */
     return 1;
 }
 
@@ -158,10 +179,8 @@ int rb_client_give(struct rb_end *end, const uint32_t *handles, int n)
     struct rb_ring *r = &end->ring;
     if (rb_client_check(end) < 0 && rb_load_acquire(&end->lane->header.generation) != end->c->generation)
         return 0; /* there is nobody to give them to */
-    for (int i = 0; i < n; i++)
-        r->returned[(r->rp + (uint32_t)i) & r->rmask] = handles[i];
-    r->rp += (uint32_t)n;
-    rb_store_release(&r->ctl->rp, r->rp);
+    rb_ring_give(r, handles, (uint32_t)n);
+    rb_ring_gave(r);
     return n;
 }
 

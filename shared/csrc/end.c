@@ -431,7 +431,9 @@ struct rb_end *rb_client_end_of(struct rb_cluster *c, uint32_t leg)
 int rb_give(struct rb_cluster *c, uint32_t origin_leg, uint32_t handle)
 {
     struct rb_end *end = rb_client_end_of(c, origin_leg);
-    return end ? rb_client_give(end, &handle, 1) : 0;
+    if (end && !end->echoed)
+        end->again = true; /* dropped here: the lender finds it with the next session */
+    return end && end->echoed ? rb_client_give(end, &handle, 1) : 0;
 }
 
 int rb_hand_back(struct rb_cluster *c, uint32_t handle)

@@ -19,7 +19,7 @@ struct mark {
 } __attribute__((packed));
 static_assert(sizeof(struct mark) == 32, "mark");
 
-#define BUCKETS 1024 /* latency: 16 per power of two of nanoseconds */
+#define BUCKETS 1024u /* latency: 16 per power of two of nanoseconds */
 #define WINDOW 65536 /* sequence numbers remembered to tell late from twice */
 
 struct flow {
@@ -149,7 +149,7 @@ static int generate(struct rb_worker *w, struct flow *f)
 static void latency_add(struct flow *f, uint64_t ns)
 {
     uint32_t log = ns < 16 ? 0 : 63u - (uint32_t)__builtin_clzll(ns) - 3;
-    f->latency[RB_MIN(ns < 16 ? (uint32_t)ns : log * 16 + (uint32_t)(ns >> (log - 1) & 15) + 0, BUCKETS - 1)]++;
+    f->latency[RB_MIN(ns < 16 ? (uint32_t)ns : log * 16 + (uint32_t)(ns >> (log - 1) & 15), BUCKETS - 1)]++;
     f->latency_min = f->latency_min ? RB_MIN(f->latency_min, ns) : ns;
     f->latency_max = RB_MAX(f->latency_max, ns);
 }
@@ -280,7 +280,7 @@ int rb_flow_stats_get(rb_worker *w, rb_flow_stats *st)
     if (f->in)
         st->lost = upto > distinct + st->corrupted ? upto - distinct - st->corrupted : 0;
     st->seconds = f->last > f->started ? (double)(f->last - f->started) / 1e9 : 0;
-    for (int i = 0; i < BUCKETS; i++)
+    for (uint32_t i = 0; i < BUCKETS; i++)
         st->latency_count += f->latency[i];
     static const double part[] = {0, 0.5, 0.99, 0.999, 1};
     for (int k = 1; k < 4; k++) {

@@ -15,8 +15,9 @@
 #include <stdbool.h>
 #include <string.h>
 
-#define RB_MIN(a, b) ((a) < (b) ? (a) : (b))
-#define RB_MAX(a, b) ((a) > (b) ? (a) : (b))
+/* Each argument once: some of them read shared memory. */
+#define RB_MIN(a, b) ({ __auto_type a_ = (a); __auto_type b_ = (b); a_ < b_ ? a_ : b_; })
+#define RB_MAX(a, b) ({ __auto_type a_ = (a); __auto_type b_ = (b); a_ > b_ ? a_ : b_; })
 
 /* ---- error.c */
 /* Sets this thread's error and returns -err. `cure` may be NULL. */
@@ -87,7 +88,7 @@ struct rb_leg_ctx { /* a leg this process serves */
     struct rb_ring ring;
     uint32_t credit, lent, domain;
     uint64_t place;
-    bool vm, paused, faulted;
+    bool vm, paused, odd;
     uint32_t index; /* in server->active */
 };
 
@@ -132,6 +133,7 @@ struct rb_end {
     uint32_t lane_epoch, kind, credit;
     uint64_t session;
     bool echoed, closing, lingering;
+    bool again; /* something came back for this end before the echo: one more session brings it home */
     uint32_t *stock, stocked; /* empties of a sending client */
     uint16_t *origin;         /* direct producers: where a buffer on its way came from */
     void *device;

@@ -177,12 +177,17 @@ void rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim h
     r.keep = calloc(1, s->c->buffers / 8 + 1);
     if (!r.keep)
         return; /* nothing is lost: the next session tries again */
+    /* The peer's indices afresh: what was cached is of its earlier life. */
+    l->odd = false;
     if (l->kind == RB_LEG_LEND) {
-        l->faulted = false;
+        uint32_t c = rb_load_acquire(&l->ring.ctl->c);
+        l->ring.c = l->ring.p - c <= l->ring.slots ? c : l->ring.p - l->ring.slots;
         l->ring.rp = l->ring.rc;
         rb_server_take(s, l);
+    } else if (l->kind == RB_LEG_GRANT) {
+        l->ring.p = l->ring.c;
+        l->ring.rc = l->ring.rp - l->ring.returns;
     }
-    l->faulted = false;
     uint32_t client_book = rb_get(&l->rec->client_book);
     if (client_book && client_book != s->book + 1)
         r.client_ledger = s->c->reg->ledgers + (uint64_t)(client_book - 1) * s->c->reg->state->capacity;

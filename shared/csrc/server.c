@@ -339,11 +339,14 @@ static inline void disarm(struct rb_book_record *r)
 }
 static inline void add(rb_a64 *counter, uint64_t n) { rb_set(counter, rb_get(counter) + n); }
 
-static void fault(struct rb_leg_ctx *l)
+/* An index of the peer is outside its window: a VM that was reset, until its next program has looked, or a hostile one. Nothing to take, no
+ * room; counted once a session. */
+static uint32_t odd(struct rb_leg_ctx *l)
 {
-    if (!l->faulted)
+    if (!l->odd)
         add(&l->rec->foreign, 1);
-    l->faulted = true; /* until the next session */
+    l->odd = true;
+    return 0;
 }
 
 /* The word that lending `number` on leg l makes of the present one; 0 when the book has no room for one more level. */
@@ -359,7 +362,13 @@ static uint64_t lend_word(struct rb_server *s, struct rb_leg_ctx *l, uint32_t nu
         *back = own;
         return RB_WORD_SUBKIND(w) ? (w & ~(0xffffull << 21)) | (uint64_t)l->number << 21 : RB_WORD(RB_W_LENT, l->number);
     }
-    return RB_WORD_SUBKIND(w) ? 0 : w | RB_WORD_SUB(RB_W_LENT, l->number, from->leg);
+    /* One loop among processes is told apart by the two levels; whatever would need a third is copied. */
+    if (RB_WORD_SUBKIND(w) || (RB_WORD_KIND(w) == RB_W_LENT && RB_WORD_LEG(w) == l->number))
+        return 0;
+    uint32_t book = rb_get(&l->rec->client_book);
+    if (book && RB_WORD_SUBKIND(rb_get(&s->c->reg->ledgers[(uint64_t)(book - 1) * s->c->reg->state->capacity + number])))
+        return 0;
+    return w | RB_WORD_SUB(RB_W_LENT, l->number, from->leg);
 }
 
 /* Replace desc by a copy in a buffer of this book. 0, or -1 when there is none. */
@@ -383,17 +392,13 @@ int rb_server_lend(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc, int
     struct rb_cluster *c = s->c;
     const uint64_t lent_word = RB_WORD(RB_W_LENT, l->number);
     uint32_t done = 0;
-    if (l->paused || l->faulted)
+    if (l->paused)
         return 0;
     while (done < (uint32_t)n) {
         uint32_t k = RB_MIN((uint32_t)n - done, RB_MAX_BURST), space = rb_ring_space(&l->ring, k), i;
         uint32_t number[RB_MAX_BURST];
         uint64_t word[RB_MAX_BURST], bytes = 0;
-        if (space == RB_RING_FAULT) {
-            fault(l);
-            break;
-        }
-        k = RB_MIN(k, space);
+        k = space == RB_RING_FAULT ? odd(l) : RB_MIN(k, space);
         if (l->lent + k > l->credit) {
             rb_server_take(s, l);
             k = RB_MIN(k, l->credit > l->lent ? l->credit - l->lent : 0);
@@ -479,18 +484,13 @@ int rb_server_take(struct rb_server *s, struct rb_leg_ctx *l)
     const uint64_t lent_word = RB_WORD(RB_W_LENT, l->number), home_word = RB_WORD(RB_W_HOME, 0);
     struct rb_cluster *c = s->c;
     int total = 0;
-    if (l->kind != RB_LEG_LEND || l->faulted)
+    if (l->kind != RB_LEG_LEND)
         return 0;
     for (;;) {
-        uint32_t n = rb_ring_returned(&l->ring, 1);
-        if (n == RB_RING_FAULT) {
-            fault(l);
-            break;
-        }
-        n = RB_MIN(n, RB_MAX_BURST);
+        uint32_t n = rb_ring_returned(&l->ring, 1), handle[RB_MAX_BURST];
+        n = n == RB_RING_FAULT ? odd(l) : RB_MIN(n, RB_MAX_BURST);
         if (!n)
             break;
-        uint32_t handle[RB_MAX_BURST];
         for (uint32_t i = 0; i < n; i++) {
             handle[i] = *(volatile uint32_t *)&l->ring.returned[(l->ring.rc + i) & l->ring.rmask]; /* once */
             if (s->acting) { /* what was lent on by the dead book's client ends is its successor's business */
@@ -534,14 +534,12 @@ int rb_server_grant(struct rb_server *s, struct rb_leg_ctx *l)
 {
     uint32_t n = RB_MIN(RB_MIN(l->credit > l->lent ? l->credit - l->lent : 0, RB_MAX_BURST), s->free);
     uint32_t out = l->ring.rp - l->ring.rc;
-    if (l->faulted || l->paused || l->kind != RB_LEG_GRANT || n < RB_MIN(l->credit / 4, 32u))
+    if (l->paused || l->kind != RB_LEG_GRANT || n < RB_MIN(l->credit / 4, 32u))
         return 0;
     if (l->ring.returns - out < n) {
         uint32_t rc = rb_load_acquire(&l->ring.ctl->rc);
-        if (l->ring.rp - rc > l->ring.returns) {
-            fault(l);
-            return 0;
-        }
+        if (l->ring.rp - rc > l->ring.returns)
+            return (int)odd(l);
         l->ring.rc = rc;
         n = RB_MIN(n, l->ring.returns - (l->ring.rp - rc));
     }
@@ -587,15 +585,11 @@ int rb_server_collect(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc, 
     struct rb_cluster *c = s->c;
     uint32_t n, out = 0;
     uint64_t bytes = 0, handed = 0;
-    if (l->faulted || l->paused)
+    if (l->paused)
         return 0;
     while (out == 0) {
         n = rb_ring_ready(&l->ring, 1);
-        if (n == RB_RING_FAULT) {
-            fault(l);
-            break;
-        }
-        n = RB_MIN(RB_MIN(n, (uint32_t)max), RB_MAX_BURST);
+        n = n == RB_RING_FAULT ? odd(l) : RB_MIN(RB_MIN(n, (uint32_t)max), RB_MAX_BURST);
         if (!n)
             break;
         uint32_t base = l->ring.c;
@@ -672,15 +666,13 @@ static int relay(struct rb_server *s, struct rb_leg_ctx *t)
     struct rb_queue *q = &s->c->reg->state->queue[t->number / 2];
     const struct rb_holder *to = &q->end[1];
     rb_desc desc[RB_BURST];
-    if (!r || r->faulted || r->paused || (!to->lane && (!to->pid || to->pid == s->rec->owner.pid)))
+    if (!r || r->paused || (!to->lane && (!to->pid || to->pid == s->rec->owner.pid)))
         return 0;
     if (reader_of(s->c, t))
         return 0; /* a program of ours reads it */
     uint32_t room = rb_ring_space(&r->ring, RB_BURST);
-    if (room == RB_RING_FAULT) {
-        fault(r);
-        return 0;
-    }
+    if (room == RB_RING_FAULT)
+        return (int)odd(r);
     if (r->lent + RB_BURST > r->credit)
         rb_server_take(s, r);
     room = RB_MIN(RB_MIN(room, RB_BURST), r->credit > r->lent ? r->credit - r->lent : 0);
@@ -749,7 +741,7 @@ static void leg_move(struct rb_server *s, struct rb_leg_ctx *l)
     rb_place_live(s->c, wanted);
     l->ring = to;
     l->place = wanted;
-    l->faulted = false;
+    l->odd = false;
     uint32_t lane = (uint32_t)(wanted >> 32);
     l->domain = s->c->reg->state->lane[lane].domain;
     l->vm = s->c->reg->state->lane[lane].vm[0] != 0;

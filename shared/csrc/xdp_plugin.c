@@ -212,7 +212,8 @@ static int xdp_open(const struct rb_xdp_options *given, struct rb_xdp **out, str
     if (given->size < offsetof(struct rb_xdp_options, rx_size))
         return rb_xdp_fail(err, -EINVAL, "rb_xdp_options.size is %u, smaller than the structure", given->size);
     memcpy(&opt, given, given->size < sizeof opt ? given->size : sizeof opt);
-    if ((r = rb_xdp_look_at_nic(opt.ifname, &nic, err)) || (r = rb_xdp_check_options(&opt, err)) || (r = rb_xdp_check_nic(&opt, &nic, err)))
+    if ((r = rb_xdp_look_at_nic(opt.ifname, &nic, err)) || (r = rb_xdp_check_options(&opt, err)) ||
+        (r = rb_xdp_check_nic(&opt, &nic, err)))
         return r;
 
     dev = calloc(1, sizeof *dev);
