@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that look: ``status`` and ``doctor``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ringbar.cli.common import DONE, FAILED, Output, add_json, examples, plain, seconds, short, table
+from ringbar.host.commands import service, short_queues
+
+if TYPE_CHECKING:
+    from ringbar.host import model
+
+SAMPLE = 0.3
+"""Seconds over which ``status`` takes rates."""
+
+
+def configure(name: str, parser: argparse.ArgumentParser) -> None:
+    """Declare the options of command ``name``."""
+    {"status": _configure_status, "doctor": _configure_doctor}[name](parser)
+
+
+# ---- status -------------------------------------------------------------------------------------------------
+
+
+def _configure_status(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What is there now: clusters, queues with who is at each end, VMs, rates, drops."
+    parser.epilog = examples(
+        "ringbar status",
+        "ringbar status 99              one cluster, with its books: who holds which buffers",
+        "ringbar status 99@0 --json",
+        "ringbar status qmp:/run/vm1.qmp",
+    )
+    parser.add_argument("target", metavar="CLUSTER|QUEUE|VM", nargs="?", help="only this")
+    parser.add_argument(
+        "--sample",
+        type=seconds,
+        default=SAMPLE,
+        metavar="S",
+        help=f"take rates over S seconds (default {SAMPLE}); 0: none",
+    )
+    add_json(parser)
+    parser.set_defaults(run=_status)
+
+
+def _status(options: argparse.Namespace, out: Output) -> int:
+    with out.progress() as progress:
+        now = service().status(options.target, sample=options.sample, progress=progress)
+    out.document(now)
+    if out.json:
+        return DONE
+    for note in now.notes:
+        out.say(note)
+    if not now.clusters:
+        out.say("no clusters; ringbar cluster create 99 --queues 1 makes one")
+    blocks = []
+    if now.clusters:
+        blocks.append(_status_clusters(now))
+    queues = [q for c in now.clusters for q in c.queues]
+    if queues:
+        blocks.append(_status_queues(queues))
+    if now.vms:
+        blocks.append(_status_vms(now.vms))
+    if options.target is not None:
+        blocks += [_status_books(c) for c in now.clusters if c.books]
+    out.say("\n\n".join(blocks)) if blocks else None
+    return DONE
+
+
+def _status_clusters(now: model.Status) -> str:
+    rows = []
+    for status in now.clusters:
+        c = status.cluster
+        lent = sum(b.lent for b in status.books)
+        rows.append(
+            (c.id, c.label or "-", c.lives, f"{c.buffers:,}", f"{lent:,}", c.buffer_size, c.pages, c.queues)
+        )
+    return table(("CLUSTER", "LABEL", "LIVES", "BUFFERS", "LENT", "SIZE", "PAGES", "QUEUES"), rows)
+
+
+def _status_queues(queues: list[model.Queue]) -> str:
+    rows = []
+    for q in queues:
+        drops = " ".join(f"{reason} {n:,}" for reason, n in q.drops.items() if n) or "0"
+        flags = [
+            word for word, on in (("paused", q.paused), ("direct", q.direct), ("stalled", q.stalled)) if on
+        ]
+        if q.quarantined:
+            flags.append(f"{q.quarantined} quarantined")
+        if q.foreign:
+            flags.append(f"{q.foreign} foreign refused")
+        rows.append(
+            (
+                q.address,
+                f"{q.producer or 'nobody'} → {q.consumer or 'nobody'}",
+                f"{q.packets:,}",
+                "-" if q.pps is None else short(q.pps),
+                f"{q.waiting:,}",
+                f"{q.lent:,}/{q.credit:,}",
+                f"{q.held:,}",
+                drops,
+                ", ".join(flags),
+            )
+        )
+    return table(("QUEUE", "FROM → TO", "PACKETS", "PKT/S", "WAITING", "LENT", "HELD", "DROPS", ""), rows)
+
+
+def _status_vms(vms: list[model.Attachment]) -> str:
+    rows = []
+    for vm in vms:
+        rx = short_queues([b.queue for b in vm.bindings if b.direction == "rx"]) or "-"
+        tx = short_queues([b.queue for b in vm.bindings if b.direction == "tx"]) or "-"
+        rows.append((vm.vm, vm.cluster, vm.state, rx, tx, vm.where or "-", vm.sees))
+    return table(("VM", "CLUSTER", "STATE", "RECEIVES", "SENDS", "AT", "SEES"), rows)
+
+
+def _status_books(status: model.ClusterStatus) -> str:
+    rows = [
+        (
+            f"{b.name or 'a program'} (pid {b.pid})" if b.pid else "nobody (ended)",
+            f"{b.home:,}",
+            f"{b.free:,}",
+            f"{b.lent:,}",
+            f"{b.devices:,}",
+            f"{b.quiescing:,}",
+            f"{b.shared:,}",
+            f"{b.quarantined:,}",
+        )
+        for b in status.books
+    ]
+    header = (
+        f"BUFFERS OF {status.cluster.id}",
+        "HOME",
+        "FREE",
+        "LENT",
+        "IN NICS",
+        "QUIESCING",
+        "SHARED",
+        "QUARANTINED",
+    )
+    return table(header, rows)
+
+
+# ---- doctor -------------------------------------------------------------------------------------------------
+
+
+def _configure_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What this host or guest can do, what is missing, and the command that mends it."
+    parser.epilog = examples(
+        "ringbar doctor",
+        "ringbar doctor zc:eth1                  a network card",
+        "ringbar doctor qmp:/run/vm1.qmp         a VM",
+        "ringbar doctor --clean                  remove what dead programs left",
+    )
+    parser.add_argument("target", metavar="DEVICE|VM", nargs="?", help="examine this too")
+    parser.add_argument(
+        "--clean", action="store_true", help="remove what dead clusters, programs and VMs left behind"
+    )
+    add_json(parser)
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace, out: Output) -> int:
+    with out.progress() as progress:
+        report = service().doctor(options.target, clean=options.clean, progress=progress)
+    out.document({"good": report.good, **plain(report)})
+    for finding in report.findings:
+        out.say(f"{finding.state:<8} {finding.check}: {finding.detail}")
+        if finding.cure:
+            out.say(f"{'':<8}   to mend it: {finding.cure}")
+    for note in report.notes:
+        out.say(note)
+    return DONE if report.good else FAILED
