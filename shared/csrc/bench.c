@@ -1,15 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Measuring the loan rings: bare (level 0), with a ledger word per buffer (1), and the library's own path with ledger, intent records,
- * validation and hands (2: rb_alloc, rb_send, rb_recv, rb_return on a real cluster). Producer and consumer are two threads or two processes,
+ * Measuring the loan rings: bare (level 0), with a ledger word per buffer (1), with intent records and committed indices too, in the order of
+ * server.c (2), and the library's whole path with its checks of what is in hand (3: rb_alloc, rb_send, rb_recv, rb_return on a real cluster). Producer and consumer are two threads or two processes,
  * pinned. Buffers come back and are used again last in, first out, at every level.
  */
 #include "rb_internal.h"
 
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -18,7 +20,7 @@
 
 struct shared { /* between the two ends, apart from the rings */
     rb_a32 ready, done;
-    rb_a64 received, sum, failed;
+    rb_a64 received, failed;
     uint64_t started, ended;
 };
 
@@ -30,6 +32,8 @@ struct bench {
     uint8_t *memory, *pool;
     size_t bytes;
     rb_a64 *ledger;
+    struct rb_book_record *book; /* intent */
+    rb_a32 *committed;
     struct rb_ring ring, back;
 };
 
@@ -40,6 +44,15 @@ static void pin(int core)
     CPU_SET(core, &set);
     sched_setaffinity(0, sizeof set, &set); /* one core only, or not allowed: then the figure says so by itself */
 }
+
+/* Whoever finds nothing, or no room, waits a little before looking again: each look takes the line with the index away from the peer. */
+static inline void wait_a_little(uint32_t pauses)
+{
+    while (pauses--)
+        rb_pause();
+}
+#define LOOK_AGAIN_EMPTY 128u
+#define LOOK_AGAIN_FULL 32u
 
 static inline void write_packet(uint8_t *p, uint32_t touch, uint64_t v)
 {
@@ -58,13 +71,72 @@ static inline uint64_t read_packet(const uint8_t *p, uint32_t touch)
 
 /* ---- bare rings and ledger -------------------------------------------------------------------------------------------- */
 
-static inline __attribute__((always_inline)) uint64_t produce(struct bench *b, const uint32_t touch, const int ledger)
+static inline __attribute__((always_inline)) void arm(struct rb_book_record *book, enum rb_op op, uint32_t n, uint32_t base)
 {
-    uint32_t stack[POOL], top = 0, burst = b->o.burst, number = 0;
+    rb_order();
+    rb_set(&book->intent, RB_INTENT(op, 0, n, base));
+    rb_order();
+}
+
+static inline __attribute__((always_inline)) void commit(rb_a32 *committed, uint32_t index)
+{
+    rb_order();
+    rb_set(committed, index);
+    rb_order();
+}
+
+static inline __attribute__((always_inline)) void disarm(struct rb_book_record *book)
+{
+    rb_order();
+    rb_set(&book->intent, 0);
+}
+
+/* What came back, at most four bursts: checked against the ledger and pushed. Returns the new height of the stack. */
+static inline __attribute__((always_inline)) uint32_t take(struct bench *b, struct rb_ring *r, uint32_t *stack, uint32_t top, const int level)
+{
+    uint32_t handle[4 * RB_MAX_BURST], n = RB_MIN(rb_ring_returned(r, 1), 4 * b->o.burst), bad = 0;
+    n = RB_MIN(n, RB_MAX_BURST);
+    if (!n)
+        return top;
+    for (uint32_t i = 0; i < n; i++) {
+        handle[i] = r->returned[(r->rc + i) & r->rmask];
+        if ((i & 15) == 0)
+            __builtin_prefetch(&r->returned[(r->rc + 2 * RB_BURST + i) & r->rmask], 0);
+    }
+    if (level >= 2) {
+        memcpy(b->book->handles, handle, n * 4);
+        arm(b->book, RB_OP_TAKE, n, r->rc);
+    }
+    rb_a64 *ledger = b->ledger;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t h = handle[i];
+        if (level >= 1) {
+            if (h >= POOL || rb_get(&ledger[h]) != RB_WORD(RB_W_LENT, 0)) {
+                bad++;
+                continue;
+            }
+            rb_set(&ledger[h], RB_WORD(RB_W_HOME, 0));
+        }
+        stack[top++] = h;
+    }
+    r->rc += n;
+    if (level >= 2)
+        commit(&b->committed[RB_IX_RC], r->rc);
+    rb_store_release(&r->ctl->rc, r->rc);
+    if (level >= 2)
+        disarm(b->book);
+    if (bad)
+        rb_set(&b->s->failed, rb_get(&b->s->failed) + bad);
+    return top;
+}
+
+static inline __attribute__((always_inline)) uint64_t produce(struct bench *b, const uint32_t burst, const uint32_t touch, const int level)
+{
+    uint32_t stack[POOL + RB_MAX_BURST], top = 0, handle[RB_MAX_BURST];
+    uint64_t number = 0;
     struct rb_ring r = b->ring;
-    rb_desc desc[RB_MAX_BURST];
     uint64_t sent = 0, until = 0;
-    for (uint32_t i = POOL; i-- > 1;)
+    for (uint32_t i = RB_MIN(b->o.slots + 2 * RB_BURST, POOL - 1); i >= 1; i--) /* the default credit circulates */
         stack[top++] = i;
     for (uint32_t turn = 0;; turn++) {
         if ((turn & 255) == 0) {
@@ -73,77 +145,87 @@ static inline __attribute__((always_inline)) uint64_t produce(struct bench *b, c
             if (now >= until)
                 break;
         }
-        if (top < POOL - 1 - RB_MAX_BURST || top < burst) {
-            uint32_t n = RB_MIN(rb_ring_returned(&r, 1), 4 * burst);
-            for (uint32_t i = 0; i < n; i++) {
-                uint32_t h = r.returned[(r.rc + i) & r.rmask];
-                if (ledger) {
-                    if (h >= POOL || rb_get(&b->ledger[h]) != RB_WORD(RB_W_LENT, 0)) {
-                        rb_set(&b->s->failed, rb_get(&b->s->failed) + 1);
-                        continue;
-                    }
-                    rb_set(&b->ledger[h], RB_WORD(RB_W_HOME, 0));
-                }
-                stack[top++] = h;
-            }
-            if (n) {
-                r.rc += n;
-                rb_store_release(&r.ctl->rc, r.rc);
-            }
-        }
+        if (top < RB_MAX_BURST)
+            top = take(b, &r, stack, top, level);
         uint32_t n = RB_MIN(RB_MIN(rb_ring_space(&r, burst), burst), top);
         if (n < burst) {
-            rb_pause();
+            wait_a_little(LOOK_AGAIN_FULL);
             continue;
         }
-        for (uint32_t i = 0; i < n; i++) {
-            uint32_t h = stack[--top];
-            desc[i] = (rb_desc){.handle = h, .word = 64 | 64u << 15, .ts = number};
+        top -= burst;
+        if (touch)
+            for (uint32_t i = 0; i < burst; i++)
+                rb_prefetch_write(b->pool + (uint64_t)stack[top + i] * BUFFER + 64);
+        for (uint32_t i = 0; i < burst; i++) {
+            handle[i] = stack[top + i];
             if (touch)
-                write_packet(b->pool + (uint64_t)h * BUFFER + 64, touch, number);
-            number++;
+                write_packet(b->pool + (uint64_t)handle[i] * BUFFER + 64, touch, number + i);
         }
-        if (ledger)
-            for (uint32_t i = 0; i < n; i++)
-                rb_set(&b->ledger[desc[i].handle], RB_WORD(RB_W_LENT, 0));
-        rb_ring_write(&r, desc, n);
+        if (level >= 2) {
+            for (uint32_t i = 0; i < burst; i++)
+                b->book->handles[i] = handle[i];
+            arm(b->book, RB_OP_LEND, burst, r.p);
+        }
+        if (level >= 1) {
+            rb_a64 *ledger = b->ledger;
+            for (uint32_t i = 0; i < burst; i++)
+                rb_set(&ledger[handle[i]], RB_WORD(RB_W_LENT, 0));
+        }
+        rb_ring_ahead_write(&r, burst);
+        for (uint32_t i = 0; i < burst; i++)
+            rb_ring_put(&r, i, handle[i], 64 | 64u << 15, number + i);
+        number += burst;
+        r.p += burst;
+        if (level >= 2)
+            commit(&b->committed[RB_IX_P], r.p);
         rb_ring_publish(&r);
-        sent += n;
+        if (level >= 2)
+            disarm(b->book);
+        sent += burst;
     }
     return sent;
 }
 
-static inline __attribute__((always_inline)) void consume(struct bench *b, const uint32_t touch)
+/* Constants, so that what a level leaves out costs nothing. */
+static inline __attribute__((always_inline)) void produce_at(struct bench *b, const uint32_t burst)
+{
+    switch (b->o.level * 2 + (b->o.touch != 0)) {
+    case 0: produce(b, burst, 0, 0); break;
+    case 1: produce(b, burst, b->o.touch, 0); break;
+    case 2: produce(b, burst, 0, 1); break;
+    case 3: produce(b, burst, b->o.touch, 1); break;
+    case 4: produce(b, burst, 0, 2); break;
+    default: produce(b, burst, b->o.touch, 2);
+    }
+}
+
+static inline __attribute__((always_inline)) void consume(struct bench *b, const uint32_t burst, const uint32_t touch)
 {
     struct rb_ring r = b->ring;
     struct shared *s = b->s;
     rb_desc desc[RB_MAX_BURST];
-    uint32_t handle[RB_MAX_BURST], number = 0;
-    uint64_t got = 0, sum = 0, failed = 0;
+    uint64_t number = 0, got = 0, failed = 0;
     for (;;) {
-        uint32_t n = RB_MIN(rb_ring_ready(&r, 1), b->o.burst);
+        uint32_t n = RB_MIN(rb_ring_ready(&r, burst), burst);
         if (!n) {
             if (rb_load_acquire(&s->done) && rb_ring_ready(&r, 1) == 0)
                 break;
-            rb_pause();
+            wait_a_little(LOOK_AGAIN_EMPTY);
             continue;
         }
         rb_ring_read(&r, desc, n);
         rb_ring_consumed(&r);
-        for (uint32_t i = 0; i < n; i++) {
-            failed += desc[i].ts != number;
-            if (touch) {
-                uint64_t v = read_packet(b->pool + (uint64_t)desc[i].handle * BUFFER + 64, touch);
-                failed += v != (uint64_t)number * (touch / 64);
-            }
-            number++;
-            handle[i] = desc[i].handle;
-        }
-        rb_ring_give(&r, handle, n);
+        failed += (desc[0].ts != number) + (desc[n - 1].ts != number + n - 1);
+        if (touch) /* all at once: the misses overlap */
+            for (uint32_t i = 0; i < n; i++)
+                __builtin_prefetch(b->pool + (uint64_t)desc[i].handle * BUFFER + 64);
+        for (uint32_t i = 0; i < n && touch; i++)
+            failed += read_packet(b->pool + (uint64_t)desc[i].handle * BUFFER + 64, touch) != (number + i) * (touch / 64);
+        number += n;
+        rb_ring_give(&r, desc, n);
         rb_ring_gave(&r);
         got += n;
     }
-    rb_set(&s->sum, sum);
     rb_set(&s->failed, rb_get(&s->failed) + failed);
     rb_store_release(&s->received, got);
 }
@@ -158,8 +240,10 @@ static int produce_library(struct bench *b, rb_cluster *c)
     uint64_t until = 0, number = 0;
     snprintf(address, sizeof address, "%u@0", b->id);
     int rc = rb_open(&tx, c, address, RB_TX);
-    if (rc < 0)
+    if (rc < 0) {
+        rb_store_release(&b->s->ready, 4);
         return rc;
+    }
     rb_store_release(&b->s->ready, 1);
     while (rb_load_acquire(&b->s->ready) != 2)
         rb_service(c); /* answer the consumer's session */
@@ -181,11 +265,13 @@ static int produce_library(struct bench *b, rb_cluster *c)
         }
         while (sent < n) {
             rc = rb_send(tx, desc + sent, n - sent, 0);
-            if (rc < 0)
+            if (rc < 0) {
+                rb_store_release(&b->s->done, 1);
                 return rc;
+            }
             sent += rc;
             if (sent < n)
-                rb_pause();
+                wait_a_little(LOOK_AGAIN_FULL);
         }
     }
     rb_store_release(&b->s->done, 1);
@@ -204,6 +290,8 @@ static int consume_library(struct bench *b)
     snprintf(address, sizeof address, "%u@0", b->id);
     while (!rb_load_acquire(&b->s->ready))
         rb_pause();
+    if (rb_load_acquire(&b->s->ready) == 4)
+        return -ECANCELED;
     int rc = rb_cluster_attach(b->id, &c);
     if (rc < 0 || (rc = rb_open(&rx, c, address, RB_RX)) < 0) {
         rb_store_release(&b->s->ready, 2);
@@ -216,7 +304,7 @@ static int consume_library(struct bench *b)
         if (n <= 0) {
             if (n < 0 || (rb_load_acquire(&b->s->done) && rb_empty(rx)))
                 break;
-            rb_pause();
+            wait_a_little(LOOK_AGAIN_EMPTY);
             continue;
         }
         for (int i = 0; i < n; i++) {
@@ -295,13 +383,15 @@ static void *other_end(void *arg)
     pin(b->o.cores[1] ? b->o.cores[1] - 1 : 1);
     if (b->o.latency)
         echo_back(b);
-    else if (b->o.level == 2)
+    else if (b->o.level == 3)
         consume_library(b);
     else {
         if (b->o.touch)
-            consume(b, b->o.touch);
+            consume(b, b->o.burst, b->o.touch);
+        else if (b->o.burst == 32)
+            consume(b, 32, 0);
         else
-            consume(b, 0);
+            consume(b, b->o.burst, 0);
         b->s->ended = rb_mono_ns();
     }
     return NULL;
@@ -322,7 +412,7 @@ static void ring_at(struct rb_ring *r, uint8_t *at, uint32_t slots)
 static int memory_of(struct bench *b)
 {
     size_t ring = 4096 + 16ull * b->o.slots + 4ull * POOL;
-    b->bytes = 4096 + 2 * ring + 8ull * POOL + (size_t)POOL * BUFFER;
+    b->bytes = 4096 + 2 * ring + 8ull * POOL + 4096 + (size_t)POOL * BUFFER;
     b->memory = mmap(NULL, b->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (b->memory == MAP_FAILED)
         return rb_fail(errno, "no-memory", NULL, "no memory to measure with: %s", strerror(errno));
@@ -330,7 +420,9 @@ static int memory_of(struct bench *b)
     ring_at(&b->ring, b->memory + 4096, b->o.slots);
     ring_at(&b->back, b->memory + 4096 + ring, b->o.slots);
     b->ledger = (rb_a64 *)(b->memory + 4096 + 2 * ring);
-    b->pool = (uint8_t *)b->ledger + 8ull * POOL;
+    b->book = (struct rb_book_record *)((uint8_t *)b->ledger + 8ull * POOL);
+    b->committed = (rb_a32 *)((uint8_t *)b->book + 2048);
+    b->pool = (uint8_t *)b->book + 4096;
     for (uint32_t i = 0; i < POOL; i++)
         rb_set(&b->ledger[i], RB_WORD(RB_W_HOME, 0));
     return 0;
@@ -359,11 +451,11 @@ int rb_bench_ring(const rb_bench_options *options, rb_bench_result *result)
     b.o.slots = b.o.slots ? b.o.slots : 1024;
     b.o.seconds = b.o.seconds > 0 ? b.o.seconds : 0.5;
     if (b.o.burst > RB_MAX_BURST || b.o.slots < b.o.burst || b.o.slots > RB_MAX_SLOTS || (b.o.slots & (b.o.slots - 1)) || b.o.touch % 64 ||
-        b.o.touch > 1024 || b.o.level > 2)
-        return rb_fail(EINVAL, "bad-option", "burst 1 to 256, slots a power of two, touch a multiple of 64 up to 1024, level 0 to 2",
+        b.o.touch > 1024 || b.o.level > 3)
+        return rb_fail(EINVAL, "bad-option", "burst 1 to 256, slots a power of two, touch a multiple of 64 up to 1024, level 0 to 3",
                        "these settings cannot be measured");
     int rc = memory_of(&b);
-    if (rc == 0 && b.o.level == 2)
+    if (rc == 0 && b.o.level == 3)
         rc = bench_cluster(&b, &c);
     if (rc < 0)
         goto out;
@@ -371,6 +463,7 @@ int rb_bench_ring(const rb_bench_options *options, rb_bench_result *result)
     if (b.o.processes) {
         child = fork();
         if (child == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
             other_end(&b);
             _exit(0);
         }
@@ -382,14 +475,11 @@ int rb_bench_ring(const rb_bench_options *options, rb_bench_result *result)
     pin(b.o.cores[0] ? b.o.cores[0] - 1 : 0);
     if (b.o.latency)
         rc = round_trips(&b, result);
-    else if (b.o.level == 2)
+    else if (b.o.level == 3)
         rc = produce_library(&b, c);
     else {
         b.s->started = rb_mono_ns();
-        if (b.o.level == 1)
-            b.o.touch ? produce(&b, b.o.touch, 1) : produce(&b, 0, 1);
-        else
-            b.o.touch ? produce(&b, b.o.touch, 0) : produce(&b, 0, 0);
+        b.o.burst == 32 ? produce_at(&b, 32) : produce_at(&b, b.o.burst);
         rb_store_release(&b.s->done, 1);
     }
     if (child > 0)

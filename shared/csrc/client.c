@@ -36,9 +36,10 @@ int rb_client_check(struct rb_end *end)
         return rb_fail(ENODEV, "detached", NULL, "queue %s was detached, or its cluster destroyed", end->address);
     }
     uint32_t epoch = rb_load_acquire(&h->epoch);
-    if (epoch == end->lane_epoch)
+    if (epoch == end->lane_epoch && !end->closing)
         return 0;
     end->lane_epoch = epoch;
+    end->closing = false;
     if (rb_get(&h->state) != RB_SEG_OPEN || rb_get(&end->entry->ready) != 1 || end->entry->queue != end->queue) {
         end->closing = true;
         return rb_fail(ENODEV, "detached", NULL, "queue %s is being detached", end->address);
@@ -159,9 +160,10 @@ static int client_recv(struct rb_end *end, rb_desc *desc, int max)
                 continue;
             }
             if (!(desc[i].word & 0x7fff)) { /* empty buffers that a direct producer leaves behind */
-                rb_client_give(end, &desc[i].handle, 1);
+                rb_client_give(end, desc[i].handle);
                 continue;
             }
+            __builtin_prefetch(c->pool[desc[i].handle >> 24] + (uint64_t)(desc[i].handle & RB_INDEX_MASK) * c->buffer_size + rb_desc_offset(&desc[i]));
             c->where[at] = mine;
             end->st.bytes += desc[i].word & 0x7fff;
             if (out != i)
@@ -173,15 +175,21 @@ static int client_recv(struct rb_end *end, rb_desc *desc, int max)
     return (int)out;
 }
 
-/* Handles into the return ring: it has room for all that can be lent. */
-int rb_client_give(struct rb_end *end, const uint32_t *handles, int n)
+/* Is there still somebody to give buffers back to? */
+int rb_client_usable(struct rb_end *end)
 {
-    struct rb_ring *r = &end->ring;
-    if (rb_client_check(end) < 0 && rb_load_acquire(&end->lane->header.generation) != end->c->generation)
-        return 0; /* there is nobody to give them to */
-    rb_ring_give(r, handles, (uint32_t)n);
-    rb_ring_gave(r);
-    return n;
+    return rb_client_check(end) == 0 || rb_load_acquire(&end->lane->header.generation) == end->c->generation;
+}
+
+/* Into the return ring: it has room for all that can be lent. */
+int rb_client_give(struct rb_end *end, uint32_t handle)
+{
+    if (!rb_client_usable(end))
+        return 0;
+    rb_desc d = {.handle = handle};
+    rb_ring_give(&end->ring, &d, 1);
+    rb_ring_gave(&end->ring);
+    return 1;
 }
 
 static int consumer_count(struct rb_end *end)
@@ -223,7 +231,7 @@ static void take_back(struct rb_end *end, uint32_t handle)
     uint16_t from = end->origin ? end->origin[at] : 0;
     if (from >= RB_HAND_BORROWED && from != RB_HAND_BORROWED + end->index && end->c->end[from - RB_HAND_BORROWED]) {
         end->origin[at] = 0;
-        rb_client_give(end->c->end[from - RB_HAND_BORROWED], &handle, 1);
+        rb_client_give(end->c->end[from - RB_HAND_BORROWED], handle);
     } else if (end->stocked < end->ring.returns)
         end->stock[end->stocked++] = handle;
 }
@@ -277,8 +285,11 @@ static int client_alloc(struct rb_end *end, rb_desc *desc, int n)
     int rc = rb_client_check(end), out = 0;
     if (rc < 0 || !echoed(end))
         return rc;
-    if (end->stocked < (uint32_t)n)
+    if (end->stocked < (uint32_t)n) {
+        if (end->kind == RB_LEG_DIRECT)
+            direct_echo(end); /* a new consumer returns nothing before it has our answer */
         refill(end);
+    }
     while (out < n && end->stocked) {
         uint32_t handle = end->stock[--end->stocked];
         c->where[rb_number(c, handle)] = (uint16_t)(RB_HAND_BORROWED + end->index);

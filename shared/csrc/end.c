@@ -40,6 +40,7 @@ static int lend_alloc(struct rb_end *end, rb_desc *desc, int n)
         rb_server_service(s);
     for (i = 0; i < n && s->free; i++) {
         desc[i].handle = s->stack[--s->free];
+        rb_prefetch_write(end->c->pool[desc[i].handle >> 24] + (uint64_t)(desc[i].handle & RB_INDEX_MASK) * end->c->buffer_size + RB_BUFFER_HEADER);
         desc[i].ts = 0;
         rb_desc_set(&desc[i], 0, RB_BUFFER_HEADER, 0);
         end->c->where[rb_number(end->c, desc[i].handle)] = RB_HAND_HOME;
@@ -83,6 +84,22 @@ static int collect_ready(struct rb_end *end)
     return !end->ctx->paused && collect_count(end) > 0;
 }
 
+/* Nothing keeps this book bound to the queue any more? Then another may serve it. */
+static int let_go(struct rb_server *s, struct rb_leg_ctx *l)
+{
+    if (l->lent || rb_enter(s->c->reg) < 0)
+        return 0;
+    if (rb_get(&l->rec->book) == s->book + 1 && rb_leg_of(s->c, l->number | RB_LEG_T)->kind == RB_LEG_NONE && rb_get(&l->rec->wanted) == l->place) {
+        if (l->claimed)
+            s->need -= RB_MIN(s->need, l->credit);
+        rb_set(&l->rec->book, 0);
+        rb_server_drop_leg(s, l);
+    } else
+        l->leaving = false; /* a VM's by now */
+    rb_leave(s->c->reg);
+    return 1;
+}
+
 static void served_close(struct rb_end *end)
 {
     struct rb_server *s = end->c->server;
@@ -91,11 +108,9 @@ static void served_close(struct rb_end *end)
     if (!l || !s || l->kind != RB_LEG_LEND || l->vm)
         return;
     rb_server_take(s, l);
-    if (l->lent == 0 && rb_enter(end->c->reg) == 0) { /* nothing keeps this book bound to the queue */
-        s->need -= RB_MIN(s->need, l->credit);
-        rb_set(&l->rec->book, 0);
-        rb_server_drop_leg(s, l);
-        rb_leave(end->c->reg);
+    if (!let_go(s, l)) {
+        l->leaving = true; /* when the last of them is back */
+        end->c->waiting++;
     }
 }
 
@@ -186,24 +201,28 @@ static int serve(struct rb_cluster *c, uint32_t number, struct rb_leg_ctx **out)
     int rc = rb_server_get(c, &s);
     if (rc < 0)
         return rc;
-    if (!s->leg[number]) {
+    struct rb_leg_ctx *l;
+    if ((rc = rb_server_leg(s, number, &l)) < 0)
+        return rc;
+    if (!l->claimed) {
         char what[64];
         snprintf(what, sizeof what, "queue %u@%u", c->id, number / 2);
-        if ((rc = rb_server_claim(s, leg->credit, what)) < 0 || (rc = rb_server_leg(s, number, out)) < 0)
+        if ((rc = rb_server_claim(s, leg->credit, what)) < 0) {
+            if (rb_get(&leg->book) != s->book + 1)
+                rb_server_drop_leg(s, l);
             return rc;
-        rb_set(&leg->book, s->book + 1);
+        }
+        l->claimed = true;
     }
+    l->leaving = false;
+    rb_set(&leg->book, s->book + 1);
+    lane = &c->reg->state->lane[rb_get(&leg->place) >> 32];
     if (lane->vm[0]) { /* one server for all of a VM's lane: its other legs are this book's too */
         rb_set(&lane->book, s->book + 1);
-        for (uint32_t n = 0; n < RB_MAX_LEGS; n++) {
-            struct rb_leg *l = rb_leg_of(c, n);
-            if (l->kind && !rb_get(&l->book) && &c->reg->state->lane[rb_get(&l->place) >> 32] == lane)
-                rb_set(&l->book, s->book + 1);
-        }
         rb_server_sync(s);
     }
     *out = s->leg[number];
-    return 0;
+    return *out ? 0 : rb_fail(ENODEV, "detached", NULL, "queue %u@%u was detached just now", c->id, number / 2);
 }
 
 /* The leg's server is dead or has not come yet: answer the new session in its place. Recovery lock held. */
@@ -227,12 +246,16 @@ static int open_borrowed(struct rb_end *end, struct rb_leg *leg)
 {
     struct rb_cluster *c = end->c;
     uint32_t book = rb_get(&leg->client_book);
-    if (book && rb_book_dead(c->reg, book - 1) && (!c->server || c->server->book + 1 != book)) {
-        int rc = rb_adopt(c, book - 1); /* it may have lent on what it borrowed here */
-        if (rc < 0)
-            return rc;
-    }
-    int rc = rb_place_ring(c, rb_get(&leg->place), &end->ring, &end->entry);
+    int rc = 0;
+    if (book && rb_book_dead(c->reg, book - 1) && (!c->server || c->server->book + 1 != book))
+        rc = rb_adopt(c, book - 1); /* it may have lent on what it borrowed here */
+    if (rc >= 0 && (!c->server || rb_get(&leg->client_book) != c->server->book + 1))
+        rc = rb_borrower_done(c, end->leg);
+    if (rc >= 0 && rb_get(&leg->wanted) != rb_get(&leg->place))
+        rc = rb_fail(EBUSY, "busy", "try again", "the server of %s has not yet taken it back from a VM that was detached", end->address);
+    if (rc < 0)
+        return rc;
+    rc = rb_place_ring(c, rb_get(&leg->place), &end->ring, &end->entry);
     if (rc < 0)
         return rc;
     end->lane = rb_lane_get(c, (uint32_t)(rb_get(&leg->place) >> 32));
@@ -266,6 +289,8 @@ static int open_on_host(struct rb_end *end, uint32_t queue)
     if (!rx) {
         end->ops = &lend_ops;
         rc = serve(c, end->leg, &end->ctx);
+    } else if (t->kind == RB_LEG_GRANT && rb_get(&r->book) && rb_get(&r->book) == rb_get(&t->book) && rb_get(&r->lent)) {
+        rc = open_borrowed(end, r); /* what is on its way to a receiver already comes first; the rest follows it */
     } else if (t->kind == RB_LEG_GRANT) { /* a VM sends on it */
         end->leg = 2 * queue + RB_LEG_T;
         end->ops = &collect_ops;
@@ -324,6 +349,7 @@ int rb_open(rb_end **out, rb_cluster *c, const char *address, uint32_t flags)
         return rc;
     if (!(flags & (RB_RX | RB_TX)))
         return rb_fail(EINVAL, "bad-option", NULL, "say whether to receive or to send");
+    rb_end_finish(c);
     while (index < RB_MAX_ENDS && c->end[index])
         index++;
     if (index == RB_MAX_ENDS)
@@ -400,6 +426,7 @@ void rb_close(rb_end *end)
             rb_each_written(c->server, has_origin, &f);
             if (f.found) { /* lent on: it stays until all came back, with its lock, unseen */
                 end->lingering = true;
+                c->waiting++;
                 return;
             }
         }
@@ -418,6 +445,33 @@ void rb_close(rb_end *end)
     rb_end_free(end);
 }
 
+void rb_end_finish(struct rb_cluster *c)
+{
+    struct rb_server *s = c->server;
+    uint32_t still = 0;
+    if (!c->waiting)
+        return;
+    c->waiting = 0; /* no second time while we are at it */
+    for (uint32_t i = 0; i < RB_MAX_ENDS; i++)
+        if (c->end[i] && c->end[i]->lingering) {
+            struct find_origin f = {.leg = c->end[i]->leg};
+            if (s)
+                rb_each_written(s, has_origin, &f);
+            if (f.found)
+                still++;
+            else
+                rb_close(c->end[i]);
+        }
+    for (uint32_t i = 0; s && i < s->actives;) {
+        struct rb_leg_ctx *l = s->active[i];
+        if (l->leaving && let_go(s, l))
+            continue; /* another is in its place, or it no longer leaves */
+        still += l->leaving;
+        i++;
+    }
+    c->waiting = still;
+}
+
 /* ---- giving back ------------------------------------------------------------------------------------------------------ */
 
 struct rb_end *rb_client_end_of(struct rb_cluster *c, uint32_t leg)
@@ -433,7 +487,7 @@ int rb_give(struct rb_cluster *c, uint32_t origin_leg, uint32_t handle)
     struct rb_end *end = rb_client_end_of(c, origin_leg);
     if (end && !end->echoed)
         end->again = true; /* dropped here: the lender finds it with the next session */
-    return end && end->echoed ? rb_client_give(end, &handle, 1) : 0;
+    return end && end->echoed ? rb_client_give(end, handle) : 0;
 }
 
 int rb_hand_back(struct rb_cluster *c, uint32_t handle)
@@ -444,40 +498,37 @@ int rb_hand_back(struct rb_cluster *c, uint32_t handle)
 
 int rb_return(rb_cluster *c, const rb_desc *desc, int n)
 {
-    uint32_t run[RB_MAX_BURST], runs = 0;
-    struct rb_end *to = NULL;
-    int done = 0;
+    uint16_t *where = c->where;
+    int done = 0, from = 0;
     if (c->fork_count != rb_fork_count)
         return rb_alive(c);
-    for (int i = 0; i < n; i++) {
-        uint32_t at = rb_number(c, desc[i].handle), hand = at == UINT32_MAX ? 0 : c->where[at];
-        if (!hand) {
+    while (from < n) { /* in runs of the same origin, which is usually all of them */
+        uint32_t at = rb_number(c, desc[from].handle), hand = at == UINT32_MAX ? RB_HAND_NONE : where[at];
+        int to = from;
+        for (; to < n; to++) {
+            at = rb_number(c, desc[to].handle);
+            if (at == UINT32_MAX || where[at] != hand)
+                break;
+            where[at] = RB_HAND_NONE;
+        }
+        if (hand == RB_HAND_NONE) {
             c->errors++;
+            from++;
             continue;
         }
-        c->where[at] = RB_HAND_NONE;
-        done++;
-        if (hand == RB_HAND_HOME) {
-            c->server->stack[c->server->free++] = desc[i].handle;
-            continue;
+        struct rb_end *end = hand == RB_HAND_HOME ? NULL : c->end[hand - RB_HAND_BORROWED];
+        uint32_t *stack = hand == RB_HAND_HOME ? c->server->stack : end ? end->stock : NULL; /* stock: unsent empties of a sending client */
+        if (stack) {
+            uint32_t *top = hand == RB_HAND_HOME ? &c->server->free : &end->stocked;
+            for (int i = from; i < to; i++)
+                stack[(*top)++] = desc[i].handle;
+        } else if (end && rb_client_usable(end)) {
+            rb_ring_give(&end->ring, desc + from, (uint32_t)(to - from));
+            rb_ring_gave(&end->ring);
         }
-        struct rb_end *end = c->end[hand - RB_HAND_BORROWED];
-        if (!end)
-            continue;
-        if (end->stock) { /* unsent empties of a sending client */
-            end->stock[end->stocked++] = desc[i].handle;
-            continue;
-        }
-        if (end != to || runs == RB_MAX_BURST) {
-            if (runs)
-                rb_client_give(to, run, (int)runs);
-            runs = 0;
-            to = end;
-        }
-        run[runs++] = desc[i].handle;
+        done += to - from;
+        from = to;
     }
-    if (runs)
-        rb_client_give(to, run, (int)runs);
     return done;
 }
 
@@ -495,6 +546,25 @@ static inline int may_go_on(struct rb_end *end)
     return 0;
 }
 
+/* A VM was bound to the sending end after this receiving end had been opened, and nobody serves that VM: this handle does, and passes on
+ * what comes from it to its own end. */
+static void feed_myself(struct rb_end *end)
+{
+    struct rb_cluster *c = end->c;
+    struct rb_leg *t = rb_leg_of(c, 2 * end->queue + RB_LEG_T), *r = rb_leg_of(c, 2 * end->queue + RB_LEG_R);
+    struct rb_leg_ctx *l;
+    if (t->kind != RB_LEG_GRANT || rb_get(&t->book) || (rb_get(&r->book) && !(c->server && c->server->book + 1 == rb_get(&r->book))))
+        return;
+    if (rb_enter(c->reg) < 0)
+        return;
+    if (t->kind == RB_LEG_GRANT && !rb_get(&t->book) && rb_get(&t->place) && serve(c, 2 * end->queue + RB_LEG_T, &l) == 0) {
+        rb_server_sync(c->server);
+        if (rb_get(&r->book) == c->server->book + 1)
+            rb_set(&r->client_book, c->server->book + 1);
+    }
+    rb_leave(c->reg);
+}
+
 int rb_recv(rb_end *end, rb_desc *desc, int n, int timeout_ms)
 {
     uint64_t until = 0;
@@ -502,8 +572,10 @@ int rb_recv(rb_end *end, rb_desc *desc, int n, int timeout_ms)
         return rb_fail(EINVAL, "bad-option", "open it with RB_RX", "%s was opened for sending", end->address);
     for (;;) {
         int rc = may_go_on(end);
-        if (rc < 0 || (rc = end->ops->recv(end, desc, n)) != 0)
+        if (rc < 0 || n <= 0 || (rc = end->ops->recv(end, desc, n)) != 0)
             return rc;
+        if (end->lane && end->c->reg)
+            feed_myself(end);
         if (end->c->server)
             rb_server_service(end->c->server);
         if (!timeout_ms)
@@ -526,7 +598,9 @@ int rb_send(rb_end *end, rb_desc *desc, int n, int timeout_ms)
     if (!end->ops->send)
         return rb_fail(EINVAL, "bad-option", "open it with RB_TX", "%s was opened for receiving", end->address);
     for (;;) {
-        int rc = may_go_on(end);
+        int rc = n < 0 ? 0 : may_go_on(end);
+        if (n <= 0)
+            return rc;
         if (rc == 0 && done < n) {
             rc = end->ops->send(end, desc + done, n - done);
             done += RB_MAX(rc, 0);
@@ -552,7 +626,7 @@ int rb_send(rb_end *end, rb_desc *desc, int n, int timeout_ms)
 int rb_alloc(rb_end *end, rb_desc *desc, int n)
 {
     int rc = may_go_on(end);
-    if (rc < 0)
+    if (rc < 0 || n <= 0)
         return rc;
     if (!end->ops->alloc)
         return rb_fail(EINVAL, "bad-option", "open it with RB_TX", "%s was opened for receiving", end->address);

@@ -49,7 +49,7 @@ int rb_cluster_attach_segments(uint32_t id, const rb_segment *segments, uint32_t
             rc = add_pool(c, base, s->size);
             c->writable &= s->writable != 0;
         } else if (rc == 0 && ours && h->kind == RB_KIND_LANE && c->lanes < RB_MAX_LANES) {
-            c->lane[c->lanes++] = (struct rb_lane_map){base, s->size};
+            c->lane[c->lanes++] = (struct rb_lane_map){base, s->size, 0};
         } else {
             munmap(base, s->size);
             continue;

@@ -6,9 +6,12 @@
  */
 #include "rb_internal.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #define HOST_LANE_BYTES (8ull << 20)
 
@@ -26,31 +29,81 @@ struct rb_lane *rb_lane_get(struct rb_cluster *c, uint32_t lane)
 {
     struct rb_lane_map *m = &c->lane[lane];
     struct rb_mapping map = {0};
-    if (m->lane)
+    struct stat st;
+    if (!c->reg)
+        return m->lane;
+    uint64_t life = c->reg->state->lane_life[lane];
+    if (m->lane && m->life == life)
         return m->lane;
     struct rb_segment_record *r = &c->reg->state->lane[lane];
-    if (rb_segment_open(r->path, c->id, RB_KIND_LANE, c->generation, 1, &map, NULL) < 0)
-        return NULL;
-    m->lane = map.base;
-    m->size = map.size;
+    if (m->lane)
+        rb_lane_unmap(c, lane); /* its number was given to another lane since */
+    if (!r->domain) {
+        if (rb_segment_open(r->path, c->id, RB_KIND_LANE, c->generation, 1, &map, NULL) < 0)
+            return NULL;
+    } else { /* nothing inside is believed: the VM may have overwritten its header, and others depend on this server */
+        int fd = open(r->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+        if (fd < 0 || fstat(fd, &st) != 0 || (uint64_t)st.st_size != r->size ||
+            (map.base = mmap(NULL, r->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)) == MAP_FAILED) {
+            rb_fail(ENODEV, "detached", NULL, "the lane of VM %s (%s) could not be mapped: %s", r->vm, r->path, strerror(errno));
+            if (fd >= 0)
+                close(fd);
+            return NULL;
+        }
+        close(fd);
+        map.size = r->size;
+    }
+    *m = (struct rb_lane_map){map.base, map.size, life};
     return m->lane;
+}
+
+void rb_lane_unmap(struct rb_cluster *c, uint32_t lane)
+{
+    struct rb_lane_map *m = &c->lane[lane];
+    bool used = false;
+    for (uint32_t i = 0; c->server && i < c->server->actives; i++) {
+        uint8_t *at = (uint8_t *)c->server->active[i]->ring.ctl;
+        used |= at >= (uint8_t *)m->lane && at < (uint8_t *)m->lane + m->size;
+    }
+    for (uint32_t i = 0; i < RB_MAX_ENDS; i++)
+        used |= c->end[i] && c->end[i]->lane == m->lane;
+    if (!used) /* else it stays mapped while this process lives: rather that than a pointer to nothing */
+        munmap(m->lane, m->size);
+    *m = (struct rb_lane_map){0};
+}
+
+void rb_lane_sweep(struct rb_cluster *c, uint32_t lane)
+{
+    struct rb_segment_record *r = &c->reg->state->lane[lane];
+    if (rb_get(&r->state) != RB_SEG_GONE)
+        return;
+    for (uint32_t n = 0; n < RB_MAX_LEGS; n++) {
+        struct rb_leg *l = rb_leg_of(c, n);
+        if (l->kind && (rb_get(&l->place) >> 32 == lane || rb_get(&l->wanted) >> 32 == lane) && rb_get(&l->place))
+            return;
+    }
+    unlink(r->path);
+    rb_set(&r->state, RB_SEG_FREE);
+}
+
+static struct rb_place_record *place_of(struct rb_cluster *c, uint64_t place)
+{
+    return &c->reg->state->place[place >> 32][(uint32_t)place - 1];
 }
 
 void rb_lane_touch(struct rb_lane *lane) { rb_store_release(&lane->header.epoch, rb_get(&lane->header.epoch) + 1); }
 
 static uint64_t ring_bytes(uint32_t slots, uint32_t returns) { return (uint64_t)slots * sizeof(struct rb_slot) + (uint64_t)returns * 4; }
 
-/* First gap of `bytes` in the lane's ring space; 0 when there is none. Entries are host-written, but a guest can scribble over its own
- * lane: what is read here is only used to place rings inside the lane, and every offset is checked against its size. */
-static uint64_t find_gap(const struct rb_lane *lane, uint64_t size, uint64_t bytes)
+/* First gap of `bytes` in the lane's ring space; 0 when there is none. */
+static uint64_t find_gap(const struct rb_place_record *record, uint64_t size, uint64_t bytes)
 {
     uint64_t at = RB_LANE_RINGS_AT;
     for (int moved = 1; moved;) {
         moved = 0;
         for (uint32_t i = 0; i < RB_LANE_QUEUES; i++) {
-            const struct rb_lane_entry *e = &lane->entry[i];
-            uint64_t from = e->forward_at, n = ring_bytes(RB_MIN(e->slots, RB_MAX_SLOTS), RB_MIN(e->returns, 4 * RB_MAX_SLOTS));
-            if (rb_get(&e->ready) && from < size && from < at + bytes && at < from + n) {
+            uint64_t from = record[i].forward_at, n = ring_bytes(record[i].slots, record[i].returns);
+            if (record[i].used && from < at + bytes && at < from + n) {
                 at = (from + n + 127) & ~127ull;
                 moved = 1;
             }
@@ -68,11 +121,14 @@ int rb_place_find(struct rb_cluster *c, uint32_t lane_number, uint32_t queue, ui
     if (!lane)
         return -ENODEV;
     uint32_t returns = (uint32_t)rb_pow2(RB_MAX(credit, 2u));
-    uint64_t size = c->lane[lane_number].size, at = find_gap(lane, size, ring_bytes(slots, returns));
+    struct rb_place_record *record = c->reg->state->place[lane_number];
+    uint64_t size = c->lane[lane_number].size, at = find_gap(record, size, ring_bytes(slots, returns));
     for (uint32_t i = 0; i < RB_LANE_QUEUES && at; i++) {
         struct rb_lane_entry *e = &lane->entry[i];
-        if (rb_get(&e->ready))
+        if (record[i].used)
             continue;
+        record[i] = (struct rb_place_record){
+            .used = 2, .queue = queue, .slots = slots, .returns = returns, .forward_at = at, .return_at = at + (uint64_t)slots * sizeof(struct rb_slot)};
         memset(&lane->ctl[i], 0, sizeof lane->ctl[i]);
         e->queue = queue;
         e->kind = kind;
@@ -96,13 +152,17 @@ void rb_place_live(struct rb_cluster *c, uint64_t place)
     struct rb_lane *lane = rb_lane_get(c, (uint32_t)(place >> 32));
     if (!lane)
         return;
+    place_of(c, place)->used = 1;
     rb_store_release(&lane->entry[(uint32_t)place - 1].ready, 1);
     rb_lane_touch(lane);
 }
 
 void rb_place_free(struct rb_cluster *c, uint64_t place)
 {
-    struct rb_lane *lane = place ? rb_lane_get(c, (uint32_t)(place >> 32)) : NULL;
+    if (!place)
+        return;
+    place_of(c, place)->used = 0;
+    struct rb_lane *lane = rb_lane_get(c, (uint32_t)(place >> 32));
     if (!lane)
         return;
     rb_store_release(&lane->entry[(uint32_t)place - 1].ready, 0);
@@ -132,8 +192,9 @@ int rb_lane_new(struct rb_cluster *c, uint64_t size, const char *vm, const char 
         snprintf(r->vm, sizeof r->vm, "%s", vm);
         snprintf(r->identity, sizeof r->identity, "%s", identity);
         if (c->lane[i].lane)
-            munmap(c->lane[i].lane, c->lane[i].size);
-        c->lane[i] = (struct rb_lane_map){lane, m.size};
+            rb_lane_unmap(c, i);
+        memset(s->place[i], 0, sizeof s->place[i]);
+        c->lane[i] = (struct rb_lane_map){lane, m.size, ++s->lane_life[i]};
         rb_set(&r->state, RB_SEG_OPEN);
         return (int)i;
     }
@@ -154,11 +215,19 @@ int rb_host_place(struct rb_cluster *c, uint32_t queue, uint32_t slots, uint32_t
 int rb_place_ring(struct rb_cluster *c, uint64_t place, struct rb_ring *r, struct rb_lane_entry **entry)
 {
     uint32_t number = (uint32_t)(place >> 32), index = (uint32_t)place - 1;
+    if (!place || index >= RB_LANE_QUEUES || number >= RB_MAX_LANES)
+        return rb_fail(ENODEV, "detached", NULL, "a queue of cluster %u has no rings any more", c->id);
     struct rb_lane *lane = rb_lane_get(c, number);
     if (!lane)
         return -ENODEV;
-    struct rb_lane_entry e = lane->entry[index];
+    struct rb_place_record e;
     uint64_t size = c->lane[number].size;
+    if (c->reg)
+        e = c->reg->state->place[number][index]; /* not the table in the lane, where a VM can write */
+    else {
+        const struct rb_lane_entry *in_lane = &lane->entry[index];
+        e = (struct rb_place_record){.slots = in_lane->slots, .returns = in_lane->returns, .forward_at = in_lane->forward_at, .return_at = in_lane->return_at};
+    }
     if (e.slots < 2 || e.slots > RB_MAX_SLOTS || (e.slots & (e.slots - 1)) || e.returns < 2 || (e.returns & (e.returns - 1)) ||
         e.returns > 4 * RB_MAX_SLOTS || e.forward_at < RB_LANE_RINGS_AT || e.forward_at > size || ring_bytes(e.slots, e.returns) > size - e.forward_at ||
         e.return_at != e.forward_at + (uint64_t)e.slots * sizeof(struct rb_slot) || (e.forward_at & 15))

@@ -89,6 +89,9 @@ struct rb_leg_ctx { /* a leg this process serves */
     uint32_t credit, lent, domain;
     uint64_t place;
     bool vm, paused, odd;
+    bool claimed;   /* buffers were claimed for its credit */
+    bool leaving;   /* its end was closed with buffers still out: let go of the queue when they are back */
+    uint64_t renew_after; /* monotonic: sessions of a VM written before are looked at then */
     uint32_t index; /* in server->active */
 };
 
@@ -99,7 +102,7 @@ struct rb_server { /* a book, as the process that acts for it sees it */
     rb_a64 *ledger;
     uint32_t *stack, free, room, home; /* free handles; room of the stack; buffers at home in this book, lent or not */
     uint32_t need;                     /* buffers that its legs and devices were promised */
-    uint32_t quiescing, quarantined, in_devices;
+    uint32_t quiescing, quarantined, in_devices, lost; /* lost: lent on a leg whose memory is gone */
     uint32_t epoch;
     bool acting; /* for a dead owner, under the recovery lock */
     struct rb_leg_ctx *leg[RB_MAX_LEGS];
@@ -145,7 +148,7 @@ struct rb_end {
 
 struct rb_lane_map {
     struct rb_lane *lane;
-    uint64_t size;
+    uint64_t size, life;
 };
 
 #define RB_MAX_ENDS 512u
@@ -164,6 +167,7 @@ struct rb_cluster {
     struct rb_lane_map lane[RB_MAX_LANES];
     uint32_t lanes;
     struct rb_end *end[RB_MAX_ENDS];
+    uint32_t waiting; /* ends closed by their user that still wait for buffers lent on: lingering or leaving */
     struct rb_server *server;
     struct rb_worker *worker; /* that owns this handle for now */
     int owner;                /* 1: this handle keeps the cluster alive */
@@ -174,6 +178,8 @@ struct rb_cluster {
 /* Number of a handle in ledgers and `where`; UINT32_MAX when out of range. */
 static inline uint32_t rb_number(const struct rb_cluster *c, uint32_t handle)
 {
+    if (__builtin_expect(handle - 1 < c->pool_count[0] - 1, 1)) /* the first pool, whose numbers are its handles */
+        return handle;
     uint32_t pool = handle >> 24, index = handle & RB_INDEX_MASK;
     return index && index < c->pool_count[pool] ? c->pool_base[pool] + index : UINT32_MAX;
 }
@@ -196,6 +202,8 @@ int rb_host_place(struct rb_cluster *c, uint32_t queue, uint32_t slots, uint32_t
 int rb_place_ring(struct rb_cluster *c, uint64_t place, struct rb_ring *ring, struct rb_lane_entry **entry);
 void rb_leg_init(struct rb_cluster *c, uint32_t leg, uint32_t kind, uint32_t slots, uint32_t credit, uint64_t place);
 void rb_lane_touch(struct rb_lane *lane); /* its table changed */
+void rb_lane_unmap(struct rb_cluster *c, uint32_t lane);
+void rb_lane_sweep(struct rb_cluster *c, uint32_t lane); /* a removed lane's memory goes with its last leg */
 
 /* ---- server.c */
 int rb_server_get(struct rb_cluster *c, struct rb_server **out);          /* this handle's own book */
@@ -230,6 +238,9 @@ void rb_recover_intent(struct rb_server *s);
 void rb_renew(struct rb_server *s, struct rb_leg_ctx *l);
 enum rb_reclaim { RB_RECLAIM_KEEP_UNREAD, RB_RECLAIM_ALL, RB_RECLAIM_QUARANTINE };
 void rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how);
+int rb_leg_carry(struct rb_server *s, struct rb_leg_ctx *l, const struct rb_ring *to, uint32_t *from); /* what is unread goes to other rings */
+void rb_leg_hand_over(struct rb_server *s, struct rb_leg_ctx *l); /* what a VM sent on and nobody has collected is lent on that leg now */
+int rb_borrower_done(struct rb_cluster *c, uint32_t leg); /* 0: the leg's earlier borrower has nothing lent on; or -EBUSY */
 int rb_adopt(struct rb_cluster *c, uint32_t book);
 int rb_book_dead(struct rb_registry *reg, uint32_t book); /* used, but nobody holds it */
 int rb_reap_all(struct rb_cluster *c);
@@ -237,10 +248,12 @@ int rb_reap_all(struct rb_cluster *c);
 /* ---- client.c */
 int rb_client_open(struct rb_end *end);
 extern const struct rb_end_ops rb_client_rx_ops, rb_client_tx_ops;
-int rb_client_give(struct rb_end *end, const uint32_t *handles, int n);
+int rb_client_give(struct rb_end *end, uint32_t handle);
+int rb_client_usable(struct rb_end *end);
 int rb_client_check(struct rb_end *end);
 
 /* ---- end.c */
+void rb_end_finish(struct rb_cluster *c); /* let go of closed ends whose buffers came back */
 void rb_end_free(struct rb_end *end);
 int rb_hand_back(struct rb_cluster *c, uint32_t handle); /* one buffer, wherever it came from */
 int rb_give(struct rb_cluster *c, uint32_t origin_leg, uint32_t handle); /* a sub-loan came back: on to its lender */

@@ -202,9 +202,17 @@ struct rb_book_record {
     uint8_t pad2[60];
     rb_a64 intent;          /* [book] */
     uint8_t pad3[56];
-    rb_a32 handles[RB_MAX_BURST]; /* [book] of the intent */
+    uint32_t handles[RB_MAX_BURST]; /* [book] of the intent; valid while it is armed */
 };
 static_assert(sizeof(struct rb_book_record) == 1344, "book record");
+
+/* Where the rings of a lane's entry are: the host's own record, since a VM can overwrite the table in its lane. */
+struct rb_place_record { /* [lock] */
+    uint32_t used; /* as `ready` of the entry: 0 free, 1 live, 2 reserved */
+    uint32_t queue, slots, returns;
+    uint64_t forward_at, return_at;
+};
+static_assert(sizeof(struct rb_place_record) == 32, "place record");
 
 struct rb_state {
     struct rb_header header;
@@ -223,6 +231,8 @@ struct rb_state {
     struct rb_book_record book[RB_MAX_BOOKS];
     struct rb_queue queue[RB_MAX_QUEUES];
     struct rb_leg leg[RB_MAX_LEGS];
+    struct rb_place_record place[RB_MAX_LANES][RB_LANE_QUEUES];
+    uint64_t lane_life[RB_MAX_LANES]; /* [lock] moves when the lane's number is given to other memory: others then map it anew */
     /* then uint8_t extent[capacity / RB_EXTENT] (book + 1, 0 = nobody's) and, at the next page, the ledgers: capacity words a book */
 };
 

@@ -65,18 +65,26 @@ static inline void rb_prefetch_write(const void *p)
 
 #define RB_AHEAD 32u /* slots: 512 bytes */
 
-static inline void rb_ring_write(struct rb_ring *r, const rb_desc *desc, uint32_t n)
+static inline void rb_ring_ahead_write(const struct rb_ring *r, uint32_t n)
 {
     if (r->p + RB_AHEAD + n - r->c <= r->slots)
         for (uint32_t i = 0; i < n; i += 4)
             rb_prefetch_write(&r->forward[(r->p + RB_AHEAD + i) & r->mask]);
-    uint32_t at = r->p & r->mask, first = r->slots - at;
-    if (n <= first)
-        memcpy(&r->forward[at], desc, n * sizeof *desc);
-    else {
-        memcpy(&r->forward[at], desc, first * sizeof *desc);
-        memcpy(&r->forward[0], desc + first, (n - first) * sizeof *desc);
-    }
+}
+
+/* One 16-byte slot. Callers pass values, not a descriptor in memory: a load wider than the stores that just made it would wait until those
+ * have left the store buffer, behind all slots of the last burst. */
+static inline void rb_ring_put(struct rb_ring *r, uint32_t i, uint32_t handle, uint32_t word, uint64_t ts)
+{
+    uint64_t pair[2] = {handle | (uint64_t)word << 32, ts};
+    memcpy(&r->forward[(r->p + i) & r->mask], pair, sizeof pair);
+}
+
+static inline void rb_ring_write(struct rb_ring *r, const rb_desc *desc, uint32_t n)
+{
+    rb_ring_ahead_write(r, n);
+    for (uint32_t i = 0; i < n; i++)
+        rb_ring_put(r, i, desc[i].handle, desc[i].word, desc[i].ts);
     r->p += n;
 }
 static inline void rb_ring_publish(struct rb_ring *r) { rb_store_release(&r->ctl->p, r->p); }
@@ -97,13 +105,15 @@ static inline void rb_ring_read(struct rb_ring *r, rb_desc *desc, uint32_t n)
 static inline void rb_ring_consumed(struct rb_ring *r) { rb_store_release(&r->ctl->c, r->c); }
 
 /* Handles back; there is room for all that can be lent. Not yet published: rb_ring_gave. */
-static inline void rb_ring_give(struct rb_ring *r, const uint32_t *handles, uint32_t n)
+static inline void rb_ring_give(struct rb_ring *r, const rb_desc *desc, uint32_t n)
 {
-    rb_prefetch_write(&r->returned[(r->rp + n + 16) & r->rmask]);
-    rb_prefetch_write(&r->returned[(r->rp + n + 32) & r->rmask]);
+    const uint32_t at = r->rp, mask = r->rmask;
+    uint32_t *returned = r->returned;
+    rb_prefetch_write(&returned[(at + n + 16) & mask]);
+    rb_prefetch_write(&returned[(at + n + 32) & mask]);
     for (uint32_t i = 0; i < n; i++)
-        r->returned[(r->rp + i) & r->rmask] = handles[i];
-    r->rp += n;
+        returned[(at + i) & mask] = desc[i].handle;
+    r->rp = at + n;
 }
 static inline void rb_ring_gave(struct rb_ring *r) { rb_store_release(&r->ctl->rp, r->rp); }
 

@@ -61,7 +61,7 @@ void rb_recover_intent(struct rb_server *s)
         rb_a32 *in_lane = op == RB_OP_LEND ? &l->ring.ctl->p : op == RB_OP_TAKE ? &l->ring.ctl->rc : op == RB_OP_GRANT ? &l->ring.ctl->rp : &l->ring.ctl->c;
         if (rb_get(committed) == base) {
             for (uint32_t i = 0; i < n; i++) {
-                uint32_t handle = rb_get(&s->rec->handles[i]);
+                uint32_t handle = s->rec->handles[i];
                 if (op == RB_OP_LEND || op == RB_OP_GRANT)
                     undo_lend(s, leg, handle);
                 else
@@ -106,22 +106,26 @@ static int lent_on(struct rb_server *s, uint32_t number, uint32_t leg)
 
 /* Mark what is unread between two indices of a forward ring, newest first, and zero what cannot be right: a handle that is not lent on this
  * leg, or one that was met already. A guest can have written anything there. */
-static void keep_forward(struct rb_server *s, struct rb_leg_ctx *l, uint32_t from, uint32_t to, uint8_t *keep)
+static void keep_forward(struct rb_server *s, struct rb_leg_ctx *l, uint32_t from, uint32_t to, uint8_t *keep, const struct rb_ring *copy)
 {
     for (uint32_t i = to; i != from; i--) {
         struct rb_slot *slot = &l->ring.forward[(i - 1) & l->ring.mask];
-        uint32_t at = rb_number(s->c, slot->handle);
-        if (at == UINT32_MAX || !lent_on(s, at, l->number) || bit(keep, at) || !rb_fits(s->c, slot->word))
-            slot->handle = 0; /* consumers skip it */
+        const volatile struct rb_slot *once = slot;
+        struct rb_slot was = {once->handle, once->word, once->ts};
+        uint32_t at = rb_number(s->c, was.handle);
+        if (at == UINT32_MAX || !lent_on(s, at, l->number) || bit(keep, at) || !rb_fits(s->c, was.word))
+            slot->handle = was.handle = 0; /* consumers skip it */
         else
             set_bit(keep, at);
+        if (copy) /* what was checked, whatever the slot says by now */
+            copy->forward[(i - 1) & copy->mask] = was;
     }
 }
 
 static void keep_grants(struct rb_server *s, struct rb_leg_ctx *l, uint32_t from, uint32_t to, uint8_t *keep)
 {
     for (uint32_t i = to; i != from; i--) {
-        uint32_t *slot = &l->ring.returned[(i - 1) & l->ring.rmask], at = rb_number(s->c, *slot);
+        uint32_t *slot = &l->ring.returned[(i - 1) & l->ring.rmask], at = rb_number(s->c, *(volatile uint32_t *)slot);
         if (at == UINT32_MAX || !lent_on(s, at, l->number) || bit(keep, at))
             *slot = 0;
         else
@@ -136,9 +140,31 @@ static void keep_sent(struct rb_server *s, struct rb_leg_ctx *t, uint8_t *keep)
     if (p - t->ring.c > t->ring.slots)
         return;
     for (uint32_t i = t->ring.c; i != p; i++) {
-        uint32_t at = rb_number(s->c, t->ring.forward[i & t->ring.mask].handle);
+        uint32_t at = rb_number(s->c, *(volatile uint32_t *)&t->ring.forward[i & t->ring.mask].handle);
         if (at != UINT32_MAX)
             set_bit(keep, at);
+    }
+}
+
+/* The VM is about to let go of l, and what it received there and sent on is still to be collected from other legs: it is lent on those from
+ * now on, one word each, so that it can be read after l has left the VM's domain. */
+void rb_leg_hand_over(struct rb_server *s, struct rb_leg_ctx *l)
+{
+    for (uint32_t k = 0; k < s->actives && l->domain; k++) {
+        struct rb_leg_ctx *t = s->active[k];
+        uint32_t p = rb_load_acquire(&t->ring.ctl->p);
+        if (t == l || t->kind != RB_LEG_GRANT || t->domain != l->domain || p - t->ring.c > t->ring.slots)
+            continue;
+        for (uint32_t i = t->ring.c; i != p; i++) {
+            uint32_t at = rb_number(s->c, *(volatile uint32_t *)&t->ring.forward[i & t->ring.mask].handle);
+            if (at == UINT32_MAX || !lent_on(s, at, l->number))
+                continue;
+            uint64_t w = rb_get(&s->ledger[at]);
+            rb_set(&s->ledger[at], RB_WORD_SUBKIND(w) ? (w & ~(0xffffull << 21)) | (uint64_t)t->number << 21 : RB_WORD(RB_W_LENT, t->number));
+            l->lent--;
+            t->lent++;
+        }
+        rb_set(&t->rec->lent, t->lent);
     }
 }
 
@@ -153,6 +179,8 @@ static void reclaim_word(struct rb_server *s, uint32_t number, uint64_t w, void 
     }
     if (!lent_on(s, number, l->number) || bit(r->keep, number))
         return;
+    if (RB_WORD_SUBKIND(w) && r->how == RB_RECLAIM_QUARANTINE)
+        return; /* borrowed itself: it stays lent until the VM is gone, or its lender would fill it */
     if (r->client_ledger) { /* its client has lent it on: it comes back by itself */
         uint64_t v = rb_get(&r->client_ledger[number]);
         if (RB_WORD_SUBKIND(v) && RB_WORD_ORIGIN(v) == l->number)
@@ -171,12 +199,12 @@ static void reclaim_word(struct rb_server *s, uint32_t number, uint64_t w, void 
 }
 
 /* Take home what is lent on l and neither unread nor lent on by its client. */
-void rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how)
+static int reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how, const struct rb_ring *copy, uint32_t *unread_from)
 {
     struct reclaim r = {.l = l, .how = how};
     r.keep = calloc(1, s->c->buffers / 8 + 1);
     if (!r.keep)
-        return; /* nothing is lost: the next session tries again */
+        return -ENOMEM; /* nothing is lost: the next session tries again */
     /* The peer's indices afresh: what was cached is of its earlier life. */
     l->odd = false;
     if (l->kind == RB_LEG_LEND) {
@@ -193,8 +221,11 @@ void rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim h
         r.client_ledger = s->c->reg->ledgers + (uint64_t)(client_book - 1) * s->c->reg->state->capacity;
     if (how == RB_RECLAIM_KEEP_UNREAD && l->kind == RB_LEG_LEND) {
         uint32_t c = rb_load_acquire(&l->ring.ctl->c);
-        if (l->ring.p - c <= l->ring.slots)
-            keep_forward(s, l, c, l->ring.p, r.keep);
+        if (l->ring.p - c > l->ring.slots)
+            c = l->ring.p;
+        keep_forward(s, l, c, l->ring.p, r.keep, copy);
+        if (unread_from)
+            *unread_from = c;
     }
     if (how == RB_RECLAIM_KEEP_UNREAD && l->kind == RB_LEG_GRANT && !rb_get(&l->rec->release)) {
         uint32_t rc = rb_load_acquire(&l->ring.ctl->rc);
@@ -207,11 +238,23 @@ void rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim h
     rb_each_written(s, reclaim_word, &r);
     rb_set(&l->rec->lent, l->lent);
     free(r.keep);
+    return 0;
+}
+
+void rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how) { reclaim(s, l, how, NULL, NULL); }
+
+/* The same, and what is unread goes to the forward ring of `to`, from the index written to `unread_from`. 0, or -errno: nothing was done. */
+int rb_leg_carry(struct rb_server *s, struct rb_leg_ctx *l, const struct rb_ring *to, uint32_t *unread_from)
+{
+    return reclaim(s, l, RB_RECLAIM_KEEP_UNREAD, to, unread_from);
 }
 
 void rb_renew(struct rb_server *s, struct rb_leg_ctx *l)
 {
-    uint64_t session = rb_load_acquire(&l->ring.ctl->session);
+    uint64_t session = rb_load_acquire(&l->ring.ctl->session), begin = l->vm ? rb_mono_ns() : 0;
+    /* Each costs a look at the whole ledger: a VM that writes sessions without end gets a small share of the time. */
+    if (l->vm && begin < l->renew_after)
+        return;
     if (l->vm) { /* a VM that booted anew holds nothing on any of its legs */
         uint8_t boot[16];
         memcpy(boot, l->ring.ctl->boot_id, sizeof boot);
@@ -220,7 +263,7 @@ void rb_renew(struct rb_server *s, struct rb_leg_ctx *l)
             uint8_t was[16];
             memcpy(was, o->rec->boot_id, sizeof was);
             static const uint8_t none[16];
-            if (o != l && o->domain == l->domain && memcmp(was, none, 16) != 0 && memcmp(was, boot, 16) != 0) {
+            if (o != l && o->place >> 32 == l->place >> 32 && memcmp(was, none, 16) != 0 && memcmp(was, boot, 16) != 0) {
                 memcpy(o->rec->boot_id, boot, sizeof boot);
                 rb_leg_reclaim(s, o, RB_RECLAIM_KEEP_UNREAD);
             }
@@ -231,6 +274,52 @@ void rb_renew(struct rb_server *s, struct rb_leg_ctx *l)
     rb_order();
     rb_set(&l->rec->echoed, session);
     rb_store_release(&l->ring.ctl->echo, session);
+    if (l->vm) {
+        uint64_t now = rb_mono_ns();
+        l->renew_after = now + 32 * (now - begin);
+    }
+}
+
+struct of_leg {
+    uint32_t leg;
+    int found;
+};
+static void count_origin(struct rb_server *s, uint32_t number, uint64_t w, void *arg)
+{
+    struct of_leg *f = arg;
+    (void)s;
+    (void)number;
+    f->found += RB_WORD_SUBKIND(w) && RB_WORD_ORIGIN(w) == f->leg;
+}
+
+/* May somebody else take the place of the leg's last borrower? Not while that one's book has lent on what it received there: those buffers are
+ * with others, and a new session would bring them home. Recovery lock held. */
+int rb_borrower_done(struct rb_cluster *c, uint32_t number)
+{
+    struct rb_leg *leg = rb_leg_of(c, number);
+    uint32_t book = rb_get(&leg->client_book);
+    struct rb_server s;
+    if (!book)
+        return 0;
+    if (rb_book_dead(c->reg, book - 1) && rb_server_act(c, book - 1, &s) == 0) {
+        rb_server_service(&s);
+        rb_server_end(&s);
+        rb_server_done(&s);
+        if (!rb_get(&leg->client_book))
+            return 0;
+    }
+    struct rb_server looked = {.c = c, .book = book - 1, .ledger = c->reg->ledgers + (uint64_t)(book - 1) * c->reg->state->capacity};
+    struct of_leg f = {.leg = number};
+    rb_each_written(&looked, count_origin, &f);
+    if (!f.found)
+        return 0;
+    int32_t pid = rb_byte_holder(c->reg, RB_LOCK_BOOK + book - 1);
+    if (pid) {
+        rb_fail(EBUSY, "busy", NULL, "process %d still has %d buffers of queue %u@%u lent on to others", pid, f.found, c->id, number / 2);
+        return rb_cure(EBUSY, "wait until they are read, or end it: kill %d", pid);
+    }
+    rb_fail(EBUSY, "busy", NULL, "a dead process has %d buffers of queue %u@%u lent on to others", f.found, c->id, number / 2);
+    return rb_cure(EBUSY, "let their receivers read them, then: ringbar cluster list");
 }
 
 /* ---- taking over ----------------------------------------------------------------------------------------------------- */
@@ -289,22 +378,6 @@ int rb_reap_all(struct rb_cluster *c)
     int found = 0, rc = rb_enter(c->reg);
     if (rc < 0)
         return rc;
-    for (uint32_t q = 0; q < RB_MAX_QUEUES; q++)
-        for (unsigned e = 0; e < 2 && state->queue[q].used; e++) {
-            struct rb_holder *h = &state->queue[q].end[e];
-            struct rb_leg *leg = rb_leg_of(c, 2 * q + RB_LEG_R);
-            struct rb_ring r;
-            if (h->lane || !h->pid || rb_byte_holder(c->reg, RB_LOCK_END + 2 * q + e))
-                continue;
-            found++;
-            /* In the dead consumer's name: its lender will take home what it held. */
-            if (e == 1 && leg->kind == RB_LEG_LEND && !rb_get(&leg->client_book) && rb_place_ring(c, rb_get(&leg->place), &r, NULL) == 0 &&
-                rb_get(&r.ctl->open) == (uint32_t)h->pid) {
-                rb_set(&r.ctl->open, 0);
-                rb_store_release(&r.ctl->session, new_session());
-            }
-            memset(h, 0, sizeof *h);
-        }
     for (uint32_t b = 0; b < RB_MAX_BOOKS; b++) {
         struct rb_server s;
         if (!rb_book_dead(c->reg, b))
@@ -319,6 +392,25 @@ int rb_reap_all(struct rb_cluster *c)
         rb_server_end(&s);
         rb_server_done(&s);
     }
+    for (uint32_t q = 0; q < RB_MAX_QUEUES; q++)
+        for (unsigned e = 0; e < 2 && state->queue[q].used; e++) {
+            struct rb_holder *h = &state->queue[q].end[e];
+            struct rb_leg *leg = rb_leg_of(c, 2 * q + RB_LEG_R);
+            struct rb_ring r;
+            if (h->lane || !h->pid || rb_byte_holder(c->reg, RB_LOCK_END + 2 * q + e))
+                continue;
+            found++;
+            if (e == 1 && leg->kind == RB_LEG_LEND && rb_get(&leg->client_book) && rb_borrower_done(c, 2 * q + RB_LEG_R) < 0)
+                continue; /* it has lent on what it received here: once that is back */
+            /* In the dead consumer's name: its lender will take home what it held. */
+            if (e == 1 && leg->kind == RB_LEG_LEND && rb_place_ring(c, rb_get(&leg->place), &r, NULL) == 0 &&
+                rb_get(&r.ctl->open) == (uint32_t)h->pid) {
+                rb_set(&leg->client_book, 0);
+                rb_set(&r.ctl->open, 0);
+                rb_store_release(&r.ctl->session, new_session());
+            }
+            memset(h, 0, sizeof *h);
+        }
     rb_leave(c->reg);
     return found;
 }

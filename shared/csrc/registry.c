@@ -4,8 +4,10 @@
  *
  * For cluster 99 there are RUN/99.lock, which is never removed, and RUN/99.state, a link to its state segment. Who holds what
  * is a classic POSIX record lock on a byte of the lock file: the kernel drops it on death, a forked child does not inherit it, and
- * F_GETLK names the holder. Since closing any descriptor of a file drops all such locks of a process, a process has one descriptor per
- * lock file, in the table below.
+ * F_GETLK names the holder. Since closing any descriptor of a file drops all such locks of a process, a descriptor of a lock file is
+ * closed only when no life of that cluster is mapped any more. Each life has bytes of its own, far apart (a lock needs no byte to be there), so that
+ * a process that still holds ends of a destroyed cluster is not in the way of the next one, nor takes its locks along when it closes. Only the
+ * recovery lock is common to all lives.
  */
 #include "rb_internal.h"
 
@@ -83,15 +85,21 @@ void rb_holder_me(struct rb_holder *h)
 
 /* ---- locks */
 
+static struct flock lock_of(const struct rb_registry *reg, unsigned byte, short type)
+{
+    off_t life = byte == RB_LOCK_RECOVERY ? 0 : (off_t)(reg->generation & 0xffffffffff) * (off_t)sizeof reg->held;
+    return (struct flock){.l_type = type, .l_whence = SEEK_SET, .l_start = life + byte, .l_len = 1};
+}
+
 static int set_lock(struct rb_registry *reg, unsigned byte, short type)
 {
-    struct flock l = {.l_type = type, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+    struct flock l = lock_of(reg, byte, type);
     return fcntl(reg->lock_fd, F_SETLK, &l);
 }
 
 static int32_t lock_holder(struct rb_registry *reg, unsigned byte)
 {
-    struct flock l = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = byte, .l_len = 1};
+    struct flock l = lock_of(reg, byte, F_WRLCK);
     if (fcntl(reg->lock_fd, F_GETLK, &l) != 0 || l.l_type == F_UNLCK)
         return 0;
     return (int32_t)l.l_pid;
@@ -121,7 +129,28 @@ void rb_byte_unlock(struct rb_registry *reg, unsigned byte)
 
 int32_t rb_byte_holder(struct rb_registry *reg, unsigned byte)
 {
-    return reg->held[byte] ? (int32_t)getpid() : lock_holder(reg, byte);
+    pthread_mutex_lock(&registries_mutex);
+    int mine = reg->held[byte];
+    pthread_mutex_unlock(&registries_mutex);
+    return mine ? (int32_t)getpid() : lock_holder(reg, byte);
+}
+
+/* Other lives of the cluster, mapped in this process, have the same byte. */
+static int recovering_elsewhere(const struct rb_registry *reg)
+{
+    for (struct rb_registry *r = registries; r; r = r->next)
+        if (r != reg && r->id == reg->id && r->held[RB_LOCK_RECOVERY])
+            return 1;
+    return 0;
+}
+
+static int try_recovery(struct rb_registry *reg)
+{
+    pthread_mutex_lock(&registries_mutex);
+    int got = !recovering_elsewhere(reg) && set_lock(reg, RB_LOCK_RECOVERY, F_WRLCK) == 0;
+    reg->held[RB_LOCK_RECOVERY] = (uint8_t)got;
+    pthread_mutex_unlock(&registries_mutex);
+    return got;
 }
 
 int rb_enter(struct rb_registry *reg)
@@ -130,7 +159,7 @@ int rb_enter(struct rb_registry *reg)
     if (reg->recovery_depth++)
         return 0;
     uint64_t end = rb_mono_ns() + 10000000000ull;
-    while (set_lock(reg, RB_LOCK_RECOVERY, F_WRLCK) != 0) {
+    while (!try_recovery(reg)) {
         if (rb_mono_ns() > end) {
             int32_t pid = lock_holder(reg, RB_LOCK_RECOVERY);
             reg->recovery_depth--;
@@ -145,8 +174,12 @@ int rb_enter(struct rb_registry *reg)
 
 void rb_leave(struct rb_registry *reg)
 {
-    if (--reg->recovery_depth == 0)
+    if (--reg->recovery_depth == 0) {
+        pthread_mutex_lock(&registries_mutex);
+        reg->held[RB_LOCK_RECOVERY] = 0;
         set_lock(reg, RB_LOCK_RECOVERY, F_UNLCK);
+        pthread_mutex_unlock(&registries_mutex);
+    }
     pthread_mutex_unlock(&reg->recovery);
 }
 
@@ -681,7 +714,9 @@ void rb_cluster_close(rb_cluster *c)
         if (c->end[i]) {
             if (here)
                 rb_close(c->end[i]);
-            if (c->end[i]) { /* lingering, or after a fork */
+            if (here && c->end[i])
+                rb_close(c->end[i]); /* lingering: with the handle it goes, and a successor may open it */
+            if (c->end[i]) { /* after a fork */
                 rb_end_free(c->end[i]);
                 c->end[i] = NULL;
             }

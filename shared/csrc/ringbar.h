@@ -223,7 +223,8 @@ enum { RB_RX = 1, RB_TX = 2, RB_WRITABLE = 4, RB_GENERIC = 8, RB_DRIVER = 16 };
  * RB_GENERIC, RB_DRIVER: insist on that XDP mode.
  * -EBUSY: another holds it (names it), -ENOENT, -EINVAL (address), -EACCES, -ENOSPC (pool too small: says the number that would do). */
 RB_API int rb_open(rb_end **out, rb_cluster *cluster, const char *address, uint32_t flags);
-/* Close. What it still holds goes back; packets unread in a queue stay for the next consumer. */
+/* Close. What was received from it and is still in hand goes back; packets unread in a queue stay for the next consumer. What rb_alloc gave
+ * for a queue that this handle serves stays in hand until it is returned, or the handle is closed. */
 RB_API void rb_close(rb_end *end);
 
 /* Up to n packets into desc. timeout_ms: 0 = do not wait, -1 = without end. Returns how many; 0 = none in time;
@@ -364,7 +365,7 @@ typedef struct rb_bench_options {
     uint32_t burst;     /* 1..256; 0 = 32 */
     uint32_t touch;     /* bytes of each packet written by the producer, one word of each line read by the consumer; 0, 64.. */
     uint32_t slots;     /* 0 = 1024 */
-    uint32_t level;     /* 0 bare rings, 1 + ledger, 2 + intent records */
+    uint32_t level;     /* 0 bare rings, 1 + ledger, 2 + intent records, 3 the library's whole path */
     uint32_t latency;   /* 1: round trips of single packets instead of throughput */
     double seconds;     /* per run; 0 = 0.5 */
     int32_t cores[2];   /* processor + 1 of producer and consumer; 0 = 0 and 1 */

@@ -211,8 +211,8 @@ static void count_word(struct rb_server *s, uint32_t number, uint64_t w, void *a
         s->home++;
         if (RB_WORD_KIND(w) == RB_W_HOME && !RB_WORD_SUBKIND(w))
             s->stack[s->free++] = rb_handle_of(s->c, number);
-        else if (RB_WORD_KIND(w) == RB_W_LENT && rb_server_leg(s, RB_WORD_LEG(w), &l) == 0)
-            l->lent++;
+        else if (RB_WORD_KIND(w) == RB_W_LENT)
+            rb_server_leg(s, RB_WORD_LEG(w), &l) == 0 ? l->lent++ : s->lost++;
         else if (RB_WORD_KIND(w) == RB_W_DEVICE)
             s->quiescing++;
         else if (RB_WORD_KIND(w) == RB_W_QUARANTINED)
@@ -224,13 +224,12 @@ static void count_word(struct rb_server *s, uint32_t number, uint64_t w, void *a
 
 int rb_server_rebuild(struct rb_server *s)
 {
-    s->free = s->home = s->quiescing = s->quarantined = 0;
+    s->free = s->home = s->quiescing = s->quarantined = s->lost = 0;
     for (uint32_t l = 0; l < RB_MAX_LEGS; l++) { /* legs of this book, also those with nothing lent */
         struct rb_leg *rec = rb_leg_of(s->c, l);
         struct rb_leg_ctx *ctx;
-        int rc;
-        if (rec->kind && rb_get(&rec->book) == s->book + 1 && (rc = rb_server_leg(s, l, &ctx)) < 0)
-            return rc;
+        if (rec->kind && rb_get(&rec->book) == s->book + 1 && rb_server_leg(s, l, &ctx) < 0)
+            continue; /* its memory is gone: what is lent there stays lent, the others go on */
     }
     uint32_t room = 0;
     for (uint32_t e = 0; e < (s->c->buffers + RB_EXTENT - 1) / RB_EXTENT; e++)
@@ -245,6 +244,7 @@ int rb_server_rebuild(struct rb_server *s)
     for (uint32_t i = 0; i < s->actives; i++) {
         rb_set(&s->active[i]->rec->lent, s->active[i]->lent);
         s->need += s->active[i]->credit;
+        s->active[i]->claimed = true;
     }
     return 0;
 }
@@ -283,7 +283,7 @@ static void clear_word(struct rb_server *s, uint32_t number, uint64_t w, void *a
 int rb_server_end(struct rb_server *s)
 {
     struct rb_cluster *c = s->c;
-    uint32_t out = s->quarantined + s->in_devices + s->quiescing;
+    uint32_t out = s->quarantined + s->in_devices + s->quiescing + s->lost;
     for (uint32_t i = 0; i < s->actives; i++)
         out += s->active[i]->lent;
     if (out)
@@ -337,6 +337,7 @@ static inline void disarm(struct rb_book_record *r)
     rb_order();
     rb_set(&r->intent, 0);
 }
+static uint32_t take_some(struct rb_server *s, struct rb_leg_ctx *l, uint32_t most);
 static inline void add(rb_a64 *counter, uint64_t n) { rb_set(counter, rb_get(counter) + n); }
 
 /* An index of the peer is outside its window: a VM that was reset, until its next program has looked, or a hostile one. Nothing to take, no
@@ -387,76 +388,99 @@ static int copy_out(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc)
     return 0;
 }
 
+/* How many of the first n descriptors are buffers of this book in our hand, the usual case. They leave the hand. */
+static inline uint32_t from_hand(struct rb_cluster *c, const rb_desc *d, uint32_t n, uint32_t *handle, uint64_t *bytes)
+{
+    const uint32_t count = c->pool_count[0], size = c->buffer_size;
+    uint16_t *where = c->where;
+    uint64_t sum = 0;
+    uint32_t i;
+    for (i = 0; i < n; i++) {
+        uint32_t h = d[i].handle, w = d[i].word;
+        if (__builtin_expect((h - 1 >= count - 1) | ((w & 0x7fff) + (w >> 15 & 0x3fff) > size), 0) || __builtin_expect(where[h] != RB_HAND_HOME, 0))
+            break;
+        where[h] = RB_HAND_NONE; /* a handle twice in one burst fails the second time */
+        handle[i] = h;
+        sum += w & 0x7fff;
+    }
+    *bytes += sum;
+    return i;
+}
+
+/* The other cases, one at a time: borrowed, or in another pool. 1, or 0 when it is not ours to lend. */
+static uint32_t from_elsewhere(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *d, uint32_t *number, uint64_t *word, uint64_t *bytes)
+{
+    struct rb_cluster *c = s->c;
+    struct rb_leg_ctx *back = NULL;
+    uint32_t at = rb_number(c, d->handle), hand = at == UINT32_MAX ? RB_HAND_NONE : c->where[at];
+    if (hand == RB_HAND_NONE || !rb_fits(c, d->word))
+        return 0;
+    *word = lend_word(s, l, at, hand, &back);
+    if (!*word) {
+        if (copy_out(s, l, d) < 0)
+            return 0;
+        at = rb_number(c, d->handle);
+        *word = RB_WORD(RB_W_LENT, l->number);
+    }
+    if (back)
+        rb_set(&back->rec->lent, --back->lent);
+    c->where[at] = RB_HAND_NONE;
+    *number = at;
+    *bytes += d->word & 0x7fff;
+    return 1;
+}
+
 int rb_server_lend(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc, int n)
 {
     struct rb_cluster *c = s->c;
-    const uint64_t lent_word = RB_WORD(RB_W_LENT, l->number);
+    struct rb_book_record *rec = s->rec;
+    rb_a64 *ledger = s->ledger;
     uint32_t done = 0;
     if (l->paused)
         return 0;
     while (done < (uint32_t)n) {
-        uint32_t k = RB_MIN((uint32_t)n - done, RB_MAX_BURST), space = rb_ring_space(&l->ring, k), i;
-        uint32_t number[RB_MAX_BURST];
-        uint64_t word[RB_MAX_BURST], bytes = 0;
+        uint32_t k = RB_MIN((uint32_t)n - done, RB_MAX_BURST), space = rb_ring_space(&l->ring, k), number[RB_MAX_BURST];
+        rb_desc *d = desc + done;
+        uint64_t word = RB_WORD(RB_W_LENT, l->number), bytes = 0;
         k = space == RB_RING_FAULT ? odd(l) : RB_MIN(k, space);
         if (l->lent + k > l->credit) {
             rb_server_take(s, l);
             k = RB_MIN(k, l->credit > l->lent ? l->credit - l->lent : 0);
         }
-        if (!k)
+        if (!k) { /* a new consumer may be waiting for our answer */
+            if (rb_load_acquire(&l->ring.ctl->session) != rb_get(&l->rec->echoed))
+                rb_renew(s, l);
             break;
-        rb_desc *d = desc + done;
-        for (i = 0; i < k; i++) {
-            uint32_t at = rb_number(c, d[i].handle), hand;
-            if (at == UINT32_MAX || !(hand = c->where[at]) || !rb_fits(c, d[i].word))
-                break;
-            word[i] = lent_word;
-            if (hand != RB_HAND_HOME) {
-                struct rb_leg_ctx *back;
-                word[i] = lend_word(s, l, at, hand, &back);
-                if (!word[i]) {
-                    if (copy_out(s, l, &d[i]) < 0)
-                        break;
-                    at = rb_number(c, d[i].handle);
-                    word[i] = lent_word;
-                }
-                if (back)
-                    back->lent--;
-            }
-            c->where[at] = RB_HAND_NONE; /* a handle twice in one burst fails the second time */
-            number[i] = at;
-            bytes += d[i].word & 0x7fff;
         }
-        if (!i) {
+        uint32_t got = from_hand(c, d, k, number, &bytes);
+        if (got == 0 && !(got = from_elsewhere(s, l, d, number, &word, &bytes))) {
             if (!done)
-                return rb_fail(EINVAL, "bad-descriptor", NULL, "descriptor %u is not in this handle's hand, or does not fit its buffer", d[0].handle);
+                return rb_fail(EINVAL, "bad-descriptor", NULL, "descriptor %u is not in this handle's hand, or does not fit its buffer", d->handle);
             break;
         }
-        uint32_t base = l->ring.p, bad = i < k;
-        k = i;
-        for (i = 0; i < k; i++)
-            rb_set(&s->rec->handles[i], d[i].handle);
-        arm(s->rec, RB_OP_LEND, l->number, k, base);
-        for (i = 0; i < k; i++)
-            rb_set(&s->ledger[number[i]], word[i]);
+        k = got;
+        for (uint32_t i = 0; i < k; i++)
+            rec->handles[i] = d[i].handle;
+        arm(rec, RB_OP_LEND, l->number, k, l->ring.p);
+        for (uint32_t i = 0; i < k; i++)
+            rb_set(&ledger[number[i]], word);
         rb_order();
         rb_ring_write(&l->ring, d, k);
         rb_order();
         rb_set(&l->rec->committed[RB_IX_P], l->ring.p);
         rb_order();
         rb_ring_publish(&l->ring);
-        disarm(s->rec);
+        disarm(rec);
         l->lent += k;
         rb_set(&l->rec->lent, l->lent);
         add(&l->rec->packets, k);
         add(&l->rec->bytes, bytes);
         done += k;
-        if (bad)
-            break;
     }
-    /* Last in, first out: what came back a moment ago is still in cache, so take it before it is needed. */
-    if (l->lent > RB_MAX_BURST)
-        rb_server_take(s, l);
+    /* Last in, first out: what came back a moment ago is still in cache, so take some before it is needed; not at every burst, since each look
+     * at the consumer's index costs a line's way between two cores. */
+    if (l->lent > RB_MIN(l->credit / 2, 1024u) || s->free < RB_BURST)
+        take_some(s, l, RB_MAX_BURST);
     return (int)done;
 }
 
@@ -479,53 +503,55 @@ void rb_server_apply_take(struct rb_server *s, struct rb_leg_ctx *l, uint32_t ha
         add(&l->rec->foreign, 1);
 }
 
-int rb_server_take(struct rb_server *s, struct rb_leg_ctx *l)
+/* At most `most` of what is in the return ring. */
+static uint32_t take_some(struct rb_server *s, struct rb_leg_ctx *l, uint32_t most)
 {
     const uint64_t lent_word = RB_WORD(RB_W_LENT, l->number), home_word = RB_WORD(RB_W_HOME, 0);
-    struct rb_cluster *c = s->c;
-    int total = 0;
+    const uint32_t count = s->c->pool_count[0], mask = l->ring.rmask, rc = l->ring.rc;
+    const uint32_t *returned = l->ring.returned;
+    uint32_t n = rb_ring_returned(&l->ring, 1), *handle = s->rec->handles, bad = 0;
+    rb_a64 *ledger = s->ledger;
+    n = n == RB_RING_FAULT ? odd(l) : RB_MIN(RB_MIN(n, most), RB_MAX_BURST);
+    if (!n)
+        return 0;
+    for (uint32_t i = 0; i < n; i++) { /* a private copy: the peer can change nothing of it any more */
+        handle[i] = *(const volatile uint32_t *)&returned[(rc + i) & mask];
+        __builtin_prefetch(&returned[(rc + i + 2 * RB_BURST) & mask], 0);
+    }
+    arm(s->rec, RB_OP_TAKE, l->number, n, rc);
+    uint32_t *top = s->stack + s->free;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t h = handle[i];
+        if (__builtin_expect(h - 1 >= count - 1, 0) || __builtin_expect(rb_get(&ledger[h]) != lent_word, 0)) {
+            bad++;
+            s->free = (uint32_t)(top - s->stack);
+            rb_server_apply_take(s, l, h);
+            top = s->stack + s->free;
+            continue;
+        }
+        rb_set(&ledger[h], home_word);
+        *top++ = h;
+    }
+    s->free = (uint32_t)(top - s->stack);
+    l->lent -= n - bad;
+    l->ring.rc = rc + n;
+    rb_order();
+    rb_set(&l->rec->committed[RB_IX_RC], l->ring.rc);
+    rb_order();
+    rb_store_release(&l->ring.ctl->rc, l->ring.rc);
+    disarm(s->rec);
+    rb_set(&l->rec->lent, l->lent);
+    return n;
+}
+
+int rb_server_take(struct rb_server *s, struct rb_leg_ctx *l)
+{
+    uint32_t total = 0, n;
     if (l->kind != RB_LEG_LEND)
         return 0;
-    for (;;) {
-        uint32_t n = rb_ring_returned(&l->ring, 1), handle[RB_MAX_BURST];
-        n = n == RB_RING_FAULT ? odd(l) : RB_MIN(n, RB_MAX_BURST);
-        if (!n)
-            break;
-        for (uint32_t i = 0; i < n; i++) {
-            handle[i] = *(volatile uint32_t *)&l->ring.returned[(l->ring.rc + i) & l->ring.rmask]; /* once */
-            if (s->acting) { /* what was lent on by the dead book's client ends is its successor's business */
-                uint32_t at = rb_number(c, handle[i]);
-                uint64_t w = at == UINT32_MAX ? 0 : rb_get(&s->ledger[at]);
-                if (RB_WORD_SUBKIND(w) == RB_W_LENT && RB_WORD_SUBLEG(w) == l->number) {
-                    n = i;
-                    break;
-                }
-            }
-            rb_set(&s->rec->handles[i], handle[i]);
-        }
-        if (!n)
-            break;
-        arm(s->rec, RB_OP_TAKE, l->number, n, l->ring.rc);
-        for (uint32_t i = 0; i < n; i++) {
-            uint32_t at = rb_number(c, handle[i]);
-            if (at != UINT32_MAX && rb_get(&s->ledger[at]) == lent_word) {
-                rb_set(&s->ledger[at], home_word);
-                s->stack[s->free++] = handle[i];
-                l->lent--;
-            } else
-                rb_server_apply_take(s, l, handle[i]);
-        }
-        l->ring.rc += n;
-        rb_order();
-        rb_set(&l->rec->committed[RB_IX_RC], l->ring.rc);
-        rb_order();
-        rb_store_release(&l->ring.ctl->rc, l->ring.rc);
-        disarm(s->rec);
-        total += (int)n;
-    }
-    if (total)
-        rb_set(&l->rec->lent, l->lent);
-    return total;
+    while (total <= l->ring.returns && (n = take_some(s, l, RB_MAX_BURST)) > 0) /* a VM that writes without end is not waited for */
+        total += n;
+    return (int)total;
 }
 
 /* ---- a sending VM: grant and collect ------------------------------------------------------------------------------ */
@@ -546,7 +572,7 @@ int rb_server_grant(struct rb_server *s, struct rb_leg_ctx *l)
     if (!n)
         return 0;
     for (uint32_t i = 0; i < n; i++)
-        rb_set(&s->rec->handles[i], s->stack[s->free - 1 - i]);
+        s->rec->handles[i] = s->stack[s->free - 1 - i];
     arm(s->rec, RB_OP_GRANT, l->number, n, l->ring.rp);
     for (uint32_t i = 0; i < n; i++) {
         uint32_t handle = s->stack[--s->free];
@@ -583,11 +609,11 @@ static struct rb_leg_ctx *holder_leg(struct rb_server *s, struct rb_leg_ctx *l, 
 int rb_server_collect(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc, int max)
 {
     struct rb_cluster *c = s->c;
-    uint32_t n, out = 0;
+    uint32_t n, out = 0, read = 0;
     uint64_t bytes = 0, handed = 0;
     if (l->paused)
         return 0;
-    while (out == 0) {
+    for (; out == 0 && read <= l->ring.slots; read += n) { /* a VM that sends rubbish without end is not waited for */
         n = rb_ring_ready(&l->ring, 1);
         n = n == RB_RING_FAULT ? odd(l) : RB_MIN(RB_MIN(n, (uint32_t)max), RB_MAX_BURST);
         if (!n)
@@ -595,7 +621,7 @@ int rb_server_collect(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc, 
         uint32_t base = l->ring.c;
         rb_ring_read(&l->ring, desc, n); /* a private copy: the VM can change nothing of it any more */
         for (uint32_t i = 0; i < n; i++)
-            rb_set(&s->rec->handles[i], desc[i].handle);
+            s->rec->handles[i] = desc[i].handle;
         arm(s->rec, RB_OP_COLLECT, l->number, n, base);
         for (uint32_t i = 0; i < n; i++) {
             rb_desc d = desc[i];
@@ -611,9 +637,30 @@ int rb_server_collect(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc, 
             from->lent--;
             int fits = rb_fits(c, d.word);
             if (sub) {
-                rb_set(&s->ledger[at], RB_WORD_LEVEL0(w));
                 struct rb_end *origin = rb_client_end_of(c, RB_WORD_ORIGIN(w));
-                c->where[at] = origin ? (uint16_t)(RB_HAND_BORROWED + origin->index) : RB_HAND_NONE;
+                if (!origin || !origin->echoed) { /* its lender takes it home with the next session, maybe while we hold it: pass on a copy */
+                    int copied = fits && rb_desc_length(&d) && s->free;
+                    if (copied) {
+                        rb_desc to = {.handle = s->stack[--s->free], .word = d.word, .ts = d.ts};
+                        memcpy(rb_data(c, &to), rb_data(c, &d), rb_desc_length(&d));
+                        c->where[rb_number(c, to.handle)] = RB_HAND_HOME;
+                        d = to;
+                        add(&l->rec->copied, 1);
+                    }
+                    rb_set(&s->ledger[at], RB_WORD_LEVEL0(w));
+                    if (origin)
+                        origin->again = true;
+                    if (!copied) {
+                        add(&l->rec->drops[fits ? RB_DROP_NO_BUFFER : RB_DROP_BAD], rb_desc_length(&d) != 0);
+                        continue;
+                    }
+                    bytes += rb_desc_length(&d);
+                    handed++;
+                    desc[out++] = d;
+                    continue;
+                }
+                rb_set(&s->ledger[at], RB_WORD_LEVEL0(w));
+                c->where[at] = (uint16_t)(RB_HAND_BORROWED + origin->index);
                 if (!fits || !rb_desc_length(&d)) {
                     rb_hand_back(c, d.handle);
                     if (!fits)
@@ -666,7 +713,7 @@ static int relay(struct rb_server *s, struct rb_leg_ctx *t)
     struct rb_queue *q = &s->c->reg->state->queue[t->number / 2];
     const struct rb_holder *to = &q->end[1];
     rb_desc desc[RB_BURST];
-    if (!r || r->paused || (!to->lane && (!to->pid || to->pid == s->rec->owner.pid)))
+    if (!r || r->kind != RB_LEG_LEND || r->paused || (!to->lane && !to->pid))
         return 0;
     if (reader_of(s->c, t))
         return 0; /* a program of ours reads it */
@@ -689,6 +736,8 @@ static int relay(struct rb_server *s, struct rb_leg_ctx *t)
 static int service_leg(struct rb_server *s, struct rb_leg_ctx *l)
 {
     int did = 0;
+    if (l->kind == RB_LEG_DIRECT)
+        return 0; /* its two ends are both clients: the sending one echoes */
     if (rb_load_acquire(&l->ring.ctl->session) != rb_get(&l->rec->echoed))
         rb_renew(s, l);
     if (l->kind == RB_LEG_LEND) {
@@ -707,6 +756,8 @@ int rb_server_service(struct rb_server *s)
         rb_server_sync(s);
     for (uint32_t i = 0; i < s->actives; i++)
         did += service_leg(s, s->active[i]);
+    if (s->c->waiting && did && !s->acting)
+        rb_end_finish(s->c);
     rb_set(&s->rec->free, s->free);
     return did;
 }
@@ -716,14 +767,12 @@ static void leg_move(struct rb_server *s, struct rb_leg_ctx *l)
 {
     uint64_t wanted = rb_get(&l->rec->wanted);
     struct rb_ring to, *from = &l->ring;
-    if (rb_place_ring(s->c, wanted, &to, NULL) < 0 || to.slots != from->slots || to.returns != from->returns)
+    uint32_t c;
+    if (l->kind != RB_LEG_LEND || rb_place_ring(s->c, wanted, &to, NULL) < 0 || to.slots != from->slots || to.returns != from->returns)
         return;
-    rb_leg_reclaim(s, l, RB_RECLAIM_KEEP_UNREAD);
-    uint32_t c = rb_load_acquire(&from->ctl->c);
-    if (from->p - c > from->slots)
-        c = from->p;
-    for (uint32_t i = c; i != from->p; i++)
-        to.forward[i & to.mask] = from->forward[i & from->mask];
+    rb_leg_hand_over(s, l);
+    if (rb_leg_carry(s, l, &to, &c) < 0)
+        return;
     to.p = from->p;
     to.rc = to.rp = from->rc;
     to.c = to.p - to.slots;
@@ -747,6 +796,38 @@ static void leg_move(struct rb_server *s, struct rb_leg_ctx *l)
     l->vm = s->c->reg->state->lane[lane].vm[0] != 0;
 }
 
+/* Does somebody wait for what a VM sends on this queue, other than a program that reads it right here? */
+static int read_elsewhere(struct rb_cluster *c, uint32_t t)
+{
+    const struct rb_holder *to = &c->reg->state->queue[t / 2].end[1];
+    return to->lane || rb_byte_holder(c->reg, RB_LOCK_END + 2 * (t / 2) + 1) != 0;
+}
+
+/* What goes with a leg that a VM sends on: the leg towards whoever receives from that queue, and with it that VM's lane, as far as nobody
+ * serves them yet. */
+static void take_on(struct rb_server *s)
+{
+    struct rb_cluster *c = s->c;
+    const uint32_t me = s->book + 1;
+    for (int moved = 1; moved;) {
+        moved = 0;
+        for (uint32_t n = 0; n < RB_MAX_LEGS; n++) {
+            struct rb_leg *leg = rb_leg_of(c, n), *t = rb_leg_of(c, n | RB_LEG_T);
+            struct rb_segment_record *lane = &c->reg->state->lane[rb_get(&leg->place) >> 32];
+            if (!leg->kind || rb_get(&leg->book))
+                continue;
+            int relayed = !(n & RB_LEG_T) && t->kind == RB_LEG_GRANT && rb_get(&t->book) == me && (c->reg->state->queue[n / 2].end[1].lane || c->reg->state->queue[n / 2].end[1].pid);
+            uint32_t book = lane->vm[0] ? rb_get(&lane->book) : 0;
+            if (book != me && (!relayed || book))
+                continue;
+            if (lane->vm[0])
+                rb_set(&lane->book, me);
+            rb_set(&leg->book, me);
+            moved = 1;
+        }
+    }
+}
+
 int rb_server_sync(struct rb_server *s)
 {
     struct rb_cluster *c = s->c;
@@ -755,6 +836,8 @@ int rb_server_sync(struct rb_server *s)
         return rc;
     uint32_t epoch = rb_load_acquire(&s->rec->epoch);
     bool pending = false;
+    if (!s->acting)
+        take_on(s);
     for (uint32_t n = 0; n < RB_MAX_LEGS; n++) {
         struct rb_leg *rec = rb_leg_of(c, n);
         struct rb_leg_ctx *l = s->leg[n];
@@ -770,14 +853,16 @@ int rb_server_sync(struct rb_server *s)
             if (!s->acting && l->kind == RB_LEG_GRANT)
                 rb_server_claim(s, l->credit, "the grant of a sending VM");
         }
-        l->paused = rb_get(&rec->paused);
         uint32_t release = rb_get(&rec->release);
+        l->paused = rb_get(&rec->paused) || release == 2; /* nothing more to a VM that is being forced off */
         if (release) {
-            if (release == 1 && l->kind == RB_LEG_GRANT && !s->acting && rb_ring_ready(&l->ring, 1) - 1 < l->ring.slots && reader_of(c, l)) {
+            if (release == 1 && l->kind == RB_LEG_GRANT && rb_ring_ready(&l->ring, 1) - 1 < l->ring.slots && (reader_of(c, l) || read_elsewhere(c, n))) {
                 pending = true; /* what the VM sent before it let go is still to be read */
                 continue;
             }
-            rb_leg_reclaim(s, l, release == 2 ? RB_RECLAIM_QUARANTINE : RB_RECLAIM_KEEP_UNREAD);
+            if (release == 1)
+                rb_leg_hand_over(s, l);
+            rb_leg_reclaim(s, l, release == 2 ? RB_RECLAIM_QUARANTINE : l->kind == RB_LEG_GRANT ? RB_RECLAIM_ALL : RB_RECLAIM_KEEP_UNREAD);
             if (release == 1 && l->kind == RB_LEG_GRANT) {
                 uint64_t place = l->place;
                 rec->kind = RB_LEG_NONE;
@@ -788,6 +873,7 @@ int rb_server_sync(struct rb_server *s)
                 rb_place_free(c, place);
                 rb_server_drop_leg(s, l);
                 rb_set(&rec->release, 0);
+                rb_lane_sweep(c, (uint32_t)(place >> 32));
                 continue;
             }
             if (release == 1)
@@ -795,6 +881,8 @@ int rb_server_sync(struct rb_server *s)
         }
         if (rb_get(&rec->wanted) != rb_get(&rec->place))
             leg_move(s, l);
+        else if (c->reg->state->place[l->place >> 32][(uint32_t)l->place - 1].used == 2)
+            rb_place_live(c, l->place); /* whoever moved it here died before it said so */
     }
     if (!pending) {
         s->epoch = epoch;
