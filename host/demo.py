@@ -109,7 +109,7 @@ def counts_of(zc: Cluster, flow: dict[str, Any]) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def attached(host: Host, socket: str, receives: str, sends: str) -> Iterator[float]:
+def attached(host: Host, socket: pathlib.Path, receives: str, sends: str) -> Iterator[float]:
     """A queue to receive and one to send for a running VM; yields the seconds that attaching took."""
     began = time.monotonic()
     host.attach(f"qmp:{socket}", [receives], [sends], pool="rw", progress=lambda step: None)

@@ -48,14 +48,15 @@ def examine(host: Host, target: str | None, clean: bool, progress: Progress) -> 
     """All checks of this machine, and of ``target`` (a device or a VM)."""
     report = Report()
     checks: list[Callable[[], list[Finding]]] = [_kernel, _core]
-    if in_guest():
+    inside = in_guest()
+    if inside:
         checks += [_guest_devices, _guest_memory]
     else:
         checks += [_huge_pages, _shm, _capabilities, _af_xdp, _kvm, _qemu, _libvirt]
     for check in checks:
         progress(f"checking {check.__name__.strip('_').replace('_', ' ')}")
         report.findings += check()
-    if not in_guest():
+    if not inside:
         progress("looking for what dead programs left")
         _leftovers(host, clean, report)
     if target is not None:
@@ -64,14 +65,22 @@ def examine(host: Host, target: str | None, clean: bool, progress: Progress) -> 
 
 
 def in_guest() -> bool:
-    """Is this a guest of a ringbar host? It has devices of ours, or is a VM that cannot run any itself."""
+    """Is this a guest of a ringbar host? It has devices of ours and no cluster of its own.
+
+    The processor's hypervisor flag does not tell: hosts are VMs themselves in many places.
+    """
     try:
         from ringbar import guest
     except ImportError:
         return False
-    if guest.find():
+    if not guest.find():
+        return False
+    try:
+        from ringbar.host import native
+
+        return not native.clusters()
+    except (ImportError, Error):  # what is wrong with the library, a check of its own says
         return True
-    return guest.is_guest() and shutil.which(f"qemu-system-{platform.machine()}") is None
 
 
 def _read(path: str) -> str:

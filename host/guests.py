@@ -33,7 +33,9 @@ def command(*words: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(guest: Guest, *words: str, ready: str | None = None, timeout: float = 30.0) -> Iterator[subprocess.Popen[str]]:
+def running(
+    guest: Guest, *words: str, ready: str | None = None, timeout: float = 30.0
+) -> Iterator[subprocess.Popen[str]]:
     """A ``ringbar`` command that runs in the guest while the block does.
 
     :param ready: wait until it has printed this.
@@ -65,7 +67,9 @@ def _wait_for(process: subprocess.Popen[str], text: str, words: tuple[str, ...],
         selector.register(process.stdout, selectors.EVENT_READ)
         while text not in seen:
             if not selector.select(max(deadline - time.monotonic(), 0)):
-                raise Error(f"`ringbar {' '.join(words)}` in the guest is not ready after {timeout:g} s: {seen.strip()}")
+                raise Error(
+                    f"`ringbar {' '.join(words)}` in the guest is not ready after {timeout:g} s: {seen.strip()}"
+                )
             line = process.stdout.readline()
             if not line:
                 raise Error(f"`ringbar {' '.join(words)}` in the guest ended: {seen.strip()}")

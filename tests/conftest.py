@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tests leave nothing behind: what appeared during the run and is still there at its end fails the run.
+A skipped test of a level named in $RINGBAR_TESTS_NO_SKIP, such as "integration vm", fails.
 
 Files and network objects do not say whose they are. While another test run is active on this machine they are listed
 and do not fail the run; processes carry a mark and always do.
@@ -12,6 +13,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,32 @@ def _alone(lock: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _must_run(nodeid: str) -> bool:
+    """Whether a test, or a module of tests, may not be skipped here."""
+    return any(nodeid.startswith(f"tests/{level}/") for level in os.environ.get("RINGBAR_TESTS_NO_SKIP", "").split())
+
+
+def _unskip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.outcome == "skipped" and not hasattr(report, "wasxfail") and _must_run(report.nodeid):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"{why} ({report.nodeid} must run here: RINGBAR_TESTS_NO_SKIP)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _unskip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _unskip(report)
+    return report
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from ringbar.cli.common import DONE, FAILED, Output, Usage, add_json, examples, positive, seconds, size, subcommands
 
-LEVELS = ("bare", "ledger", "intent")
-"""What a ring run includes: the rings alone, + the ledger, + intent records (what every queue has)."""
+LEVELS = ("bare", "ledger", "intent", "library")
+"""What a ring run includes: the rings alone, + the ledger, + intent records (the protocol), + the checks of what is in
+hand (rb_send, rb_recv)."""
 
 
 def configure(name: str, parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,8 @@ def configure(name: str, parser: argparse.ArgumentParser) -> None:
     ring.add_argument(
         "--level",
         choices=LEVELS,
-        help="the headline: bare rings, + ledger, + intent records (default: bare for threads, intent for processes)",
+        help="the headline: bare rings, + ledger, + intent records, the whole library "
+        "(default: bare for threads, else intent)",
     )
     ring.add_argument("--slots", type=positive, default=1024, metavar="N", help="of the queue (default 1024)")
     ring.add_argument("--no-peers", action="store_true", help="leave DPDK's rings out")
@@ -123,7 +125,8 @@ def _ring(options: argparse.Namespace, out: Output) -> int:
     cores = two_cores()
     threads = options.ends == "threads"
     level = options.level or ("bare" if threads else "intent")
-    wanted = [level] if threads else list(LEVELS) if options.touch == 0 else sorted({"bare", level}, key=LEVELS.index)
+    some = set(LEVELS) if options.touch == 0 else {"bare", level, "library"}
+    wanted = [level] if threads else sorted(some, key=LEVELS.index)
 
     def ours(which: str) -> Callable[[], float]:
         def run() -> float:

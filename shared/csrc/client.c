@@ -40,7 +40,9 @@ int rb_client_check(struct rb_end *end)
         return 0;
     end->lane_epoch = epoch;
     end->closing = false;
-    if (rb_get(&h->state) != RB_SEG_OPEN || rb_get(&end->entry->ready) != 1 || end->entry->queue != end->queue) {
+    int answers = end->kind == RB_LEG_DIRECT && (end->flags & RB_TX); /* then the session is the peer's */
+    if (rb_get(&h->state) != RB_SEG_OPEN || rb_get(&end->entry->ready) != 1 || end->entry->queue != end->queue ||
+        (!answers && rb_get(&end->ring.ctl->session) != end->session)) {
         end->closing = true;
         return rb_fail(ENODEV, "detached", NULL, "queue %s is being detached", end->address);
     }
@@ -229,10 +231,13 @@ static void take_back(struct rb_end *end, uint32_t handle)
     if (at == UINT32_MAX || end->c->where[at])
         return;
     uint16_t from = end->origin ? end->origin[at] : 0;
-    if (from >= RB_HAND_BORROWED && from != RB_HAND_BORROWED + end->index && end->c->end[from - RB_HAND_BORROWED]) {
+    if (from) {
         end->origin[at] = 0;
+        end->out -= end->out > 0;
+    }
+    if (from >= RB_HAND_BORROWED && from != RB_HAND_BORROWED + end->index && end->c->end[from - RB_HAND_BORROWED])
         rb_client_give(end->c->end[from - RB_HAND_BORROWED], handle);
-    } else if (end->stocked < end->ring.returns)
+    else if (end->stocked < end->ring.returns)
         end->stock[end->stocked++] = handle;
 }
 
@@ -240,6 +245,11 @@ static void refill(struct rb_end *end)
 {
     struct rb_ring *r = &end->ring;
     uint32_t n = rb_ring_returned(r, 1);
+    if (n == RB_RING_FAULT && end->kind == RB_LEG_DIRECT) { /* a predecessor's loans came on top: what was overwritten comes home with the group */
+        r->rp = rb_load_acquire(&r->ctl->rp);
+        r->rc = r->rp - r->returns;
+        n = r->returns;
+    }
     if (n == RB_RING_FAULT || !n)
         return;
     for (uint32_t i = 0; i < n; i++) {
@@ -269,11 +279,8 @@ static void direct_echo(struct rb_end *end)
             unread[at / 8] |= (uint8_t)(1u << at % 8);
     }
     for (uint32_t at = 0; at < end->c->buffers; at++)
-        if (end->origin[at] && !end->c->where[at] && !(unread[at / 8] >> at % 8 & 1)) {
-            if (end->origin[at] == RB_HAND_BORROWED + end->index)
-                end->origin[at] = 0;
+        if (end->origin[at] && !end->c->where[at] && !(unread[at / 8] >> at % 8 & 1))
             take_back(end, rb_handle_of(end->c, at));
-        }
     free(unread);
     end->session = session;
     rb_store_release(&r->ctl->echo, session);
@@ -309,8 +316,12 @@ static int client_send(struct rb_end *end, rb_desc *desc, int n)
     int rc = rb_client_check(end);
     if (rc < 0 || !echoed(end) || rb_get(&end->entry->paused))
         return rc;
-    if (end->kind == RB_LEG_DIRECT)
+    if (end->kind == RB_LEG_DIRECT) {
         direct_echo(end);
+        if (end->out + (uint32_t)n > r->returns / 2)
+            refill(end);
+        n = RB_MIN(n, (int)(r->returns - RB_MIN(end->out, r->returns))); /* all of it must fit on its way back */
+    }
     uint32_t space = rb_ring_space(r, (uint32_t)n);
     if (space == RB_RING_FAULT)
         return fault(end);
@@ -328,6 +339,7 @@ static int client_send(struct rb_end *end, rb_desc *desc, int n)
         return n ? rb_fail(EINVAL, "bad-descriptor", NULL, "descriptor %u is not in this handle's hand, or does not fit its buffer", desc[0].handle) : 0;
     rb_ring_write(r, desc, i);
     rb_ring_publish(r);
+    end->out += i;
     end->st.packets += i;
     end->st.bytes += bytes;
     rb_set(&r->ctl->packets, end->st.packets);

@@ -90,8 +90,6 @@ static int let_go(struct rb_server *s, struct rb_leg_ctx *l)
     if (l->lent || rb_enter(s->c->reg) < 0)
         return 0;
     if (rb_get(&l->rec->book) == s->book + 1 && rb_leg_of(s->c, l->number | RB_LEG_T)->kind == RB_LEG_NONE && rb_get(&l->rec->wanted) == l->place) {
-        if (l->claimed)
-            s->need -= RB_MIN(s->need, l->credit);
         rb_set(&l->rec->book, 0);
         rb_server_drop_leg(s, l);
     } else
@@ -221,6 +219,7 @@ static int serve(struct rb_cluster *c, uint32_t number, struct rb_leg_ctx **out)
         rb_set(&lane->book, s->book + 1);
         rb_server_sync(s);
     }
+    rb_observe_link(s);
     *out = s->leg[number];
     return *out ? 0 : rb_fail(ENODEV, "detached", NULL, "queue %u@%u was detached just now", c->id, number / 2);
 }
@@ -294,7 +293,9 @@ static int open_on_host(struct rb_end *end, uint32_t queue)
     } else if (t->kind == RB_LEG_GRANT) { /* a VM sends on it */
         end->leg = 2 * queue + RB_LEG_T;
         end->ops = &collect_ops;
+        c->opening = end->leg + 1;
         rc = serve(c, end->leg, &end->ctx);
+        c->opening = 0;
         uint32_t book = rb_get(&t->book) ? rb_get(&t->book) : rb_get(&c->reg->state->lane[rb_get(&t->place) >> 32].book);
         if (rc == -EBUSY && book && (!rb_get(&r->book) || rb_get(&r->book) == book)) {
             /* The VM's lane is served by another process: it feeds us over a host queue, one descriptor hop. */

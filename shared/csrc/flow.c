@@ -106,7 +106,8 @@ static uint32_t allowed(struct flow *f, uint32_t most, uint64_t now)
     if (f->o.packets)
         n = RB_MIN(n, f->o.packets - f->next);
     if (f->o.window) {
-        uint64_t out = f->next - rb_get(&f->distinct);
+        /* Packets that an earlier sender left on the way can be more than were sent so far. */
+        uint64_t back = rb_get(&f->distinct), out = f->next > back ? f->next - back : 0;
         n = RB_MIN(n, out < f->o.window ? f->o.window - out : 0);
     }
     if (f->o.pps > 0) {

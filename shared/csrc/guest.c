@@ -39,7 +39,7 @@ int rb_cluster_attach_segments(uint32_t id, const rb_segment *segments, uint32_t
         }
         const struct rb_header *h = base;
         uint64_t generation = rb_load_acquire((rb_a64 *)&h->generation);
-        int ours = s->size >= RB_LANE_RINGS_AT && h->magic == RB_MAGIC && h->cluster == id && generation && h->size <= s->size &&
+        int ours = s->size >= 4096 && h->magic == RB_MAGIC && h->cluster == id && generation && h->size <= s->size &&
                    rb_get((rb_a32 *)&h->state) == RB_SEG_OPEN;
         if (ours && h->abi != RB_ABI_VERSION)
             rc = rb_header_check(h, id, 0, "the host's lane");
@@ -48,7 +48,7 @@ int rb_cluster_attach_segments(uint32_t id, const rb_segment *segments, uint32_t
         if (rc == 0 && ours && h->kind == RB_KIND_POOL) {
             rc = add_pool(c, base, s->size);
             c->writable &= s->writable != 0;
-        } else if (rc == 0 && ours && h->kind == RB_KIND_LANE && c->lanes < RB_MAX_LANES) {
+        } else if (rc == 0 && ours && h->kind == RB_KIND_LANE && s->size > RB_LANE_RINGS_AT && c->lanes < RB_MAX_LANES) {
             c->lane[c->lanes++] = (struct rb_lane_map){base, s->size, 0};
         } else {
             munmap(base, s->size);

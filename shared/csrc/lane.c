@@ -60,7 +60,7 @@ static void bump(struct rb_cluster *c, uint32_t book)
 
 /* Have the book act on what was changed: here when it is ours or its owner is dead, else ask and wait a little. Recovery lock held once;
  * given up while waiting. Returns 1 when done, 0 when the owner has not looked yet (it will). */
-static int settle(struct rb_cluster *c, uint32_t book, int timeout_ms)
+int rb_settle(struct rb_cluster *c, uint32_t book, int timeout_ms)
 {
     struct rb_server s;
     if (!book)
@@ -83,8 +83,19 @@ static int settle(struct rb_cluster *c, uint32_t book, int timeout_ms)
         nanosleep(&(struct timespec){.tv_nsec = 500000}, NULL);
     int rc = rb_enter(c->reg);
     if (rc == 0 && rb_book_dead(c->reg, book - 1))
-        return settle(c, book, timeout_ms);
+        return rb_settle(c, book, timeout_ms);
     return rc == 0 && (int32_t)(rb_load_acquire(&b->seen) - epoch) >= 0;
+}
+
+static void end_if_dead(struct rb_cluster *c, uint32_t book)
+{
+    struct rb_server s;
+    if (!book || !rb_book_dead(c->reg, book - 1) || rb_server_act(c, book - 1, &s) < 0)
+        return;
+    rb_server_sync(&s);
+    rb_server_service(&s);
+    rb_server_end(&s);
+    rb_server_done(&s);
 }
 
 /* A leg whose book is nobody yet: its rings can be moved by whoever has the lock, in the name of a book of its own. */
@@ -92,11 +103,12 @@ static int move_unserved(struct rb_cluster *c, uint32_t number, uint64_t place)
 {
     struct rb_leg *leg = rb_leg_of(c, number);
     rb_place_free(c, rb_get(&leg->place));
-    rb_set(&leg->wanted, place);
-    rb_set(&leg->place, place);
     for (int i = 0; i < 4; i++)
         rb_set(&leg->committed[i], 0);
     rb_set(&leg->echoed, 0);
+    rb_order();
+    rb_set(&leg->wanted, place);
+    rb_set(&leg->place, place);
     rb_place_live(c, place);
     return 0;
 }
@@ -128,6 +140,7 @@ static int join_group(struct rb_cluster *c, struct rb_segment_record *a, struct 
             rb_set(&r->book, book);
         }
     }
+    bump(c, book); /* it has the old domains in private memory */
     rb_set(&a->book, book);
     return 0;
 }
@@ -149,6 +162,16 @@ static int open_direct(struct rb_cluster *c, uint32_t queue, struct rb_segment_r
     r->domain = vm_lane->domain;
     if (leg->kind == RB_LEG_DIRECT)
         return 0;
+    for (unsigned e = 0; e < 2; e++) {
+        int32_t pid = rb_byte_holder(c->reg, RB_LOCK_END + 2 * queue + e);
+        if (pid) {
+            rb_fail(EBUSY, "busy", NULL, "the %s end of %u@%u is held by process %d (%s), and it is to go between two VMs", e ? "receiving" : "sending", c->id, queue,
+                    pid, q->end[e].name);
+            return rb_cure(EBUSY, "kill %d", pid);
+        }
+    }
+    if (rb_get(&leg->lent))
+        return rb_fail(EBUSY, "busy", "read them on the host first", "%u@%u still holds packets from a process of the host", c->id, queue);
     uint32_t book = rb_get(&vm_lane->book);
     if (book && !(c->server && c->server->book + 1 == book)) {
         if (!rb_book_dead(c->reg, book - 1)) {
@@ -217,31 +240,49 @@ int rb_lane_bind(rb_cluster *c, uint32_t lane, uint32_t queue, uint32_t directio
         uint32_t number = 2 * queue + (rx ? RB_LEG_R : RB_LEG_T);
         struct rb_leg *leg = rb_leg_of(c, number);
         uint64_t place = 0;
+        if (rx)
+            rc = rb_borrower_done(c, number);
+        if (rx && rb_get(&rec->book) && rb_get(&leg->book) && rb_get(&rec->book) != rb_get(&leg->book)) { /* what the dead served may be free by now */
+            end_if_dead(c, rb_get(&rec->book));
+            end_if_dead(c, rb_get(&leg->book));
+        }
         uint32_t lane_book = rb_get(&rec->book), book = rx ? rb_get(&leg->book) : 0;
-        if (!rx && leg->kind == RB_LEG_GRANT)
+        if (rc < 0)
+            ;
+        else if (!rx && leg->kind == RB_LEG_GRANT)
             rc = rb_fail(EBUSY, "busy", "read them, or wait", "packets that a VM sent on %u@%u before are still unread", c->id, queue);
-        else if (rx && book && lane_book && book != lane_book && !rb_book_dead(c->reg, book - 1)) {
-            rb_fail(EBUSY, "busy", NULL, "queue %u@%u is fed by process %d, and VM %s is served by another", c->id, queue,
-                    rb_byte_holder(c->reg, RB_LOCK_BOOK + book - 1), rec->vm);
-            rc = rb_cure(EBUSY, "feed all queues of a VM from one program (ringbar pipeline)");
+        else if (rx && book && lane_book && book != lane_book) {
+            int32_t feeder = rb_byte_holder(c->reg, RB_LOCK_BOOK + book - 1);
+            if (feeder)
+                rb_fail(EBUSY, "busy", NULL, "queue %u@%u is fed by process %d, and VM %s is served by another", c->id, queue, feeder, rec->vm);
+            else
+                rb_fail(EBUSY, "busy", NULL, "queue %u@%u holds packets of a dead process, and VM %s is served by another", c->id, queue, rec->vm);
+            rc = feeder ? rb_cure(EBUSY, "feed all queues of a VM from one program (ringbar pipeline)") : rb_cure(EBUSY, "ringbar count -i %u@%u --seconds 1", c->id, queue);
         } else
             rc = rb_place_find(c, lane, queue, rx ? RB_LEG_LEND : RB_LEG_GRANT, q->slots, q->credit, 0, &place);
+        if (rc == 0) { /* before the lock is given up for a while below */
+            memset(&q->end[rx], 0, sizeof q->end[rx]);
+            q->end[rx].lane = lane + 1;
+            q->end[rx].since_ns = rb_now_ns();
+        }
         if (rc == 0 && rx) {
+            rb_set(&leg->client_book, 0);
             if (book) {
                 rb_set(&rec->book, book);
                 rb_set(&leg->wanted, place);
-                settle(c, book, 2000);
+                rb_settle(c, book, 2000);
             } else
                 move_unserved(c, number, place);
             if (lane_book && !book)
                 rb_set(&leg->book, lane_book);
-            rb_set(&leg->client_book, 0);
+            if (rb_leg_of(c, 2 * queue + RB_LEG_T)->kind) /* a VM sends on it: its server passes on */
+                bump(c, rb_get(&rb_leg_of(c, 2 * queue + RB_LEG_T)->book));
         } else if (rc == 0) {
             rb_leg_init(c, number, RB_LEG_GRANT, q->slots, q->credit, place);
             /* A consumer that waits on the host's ring already is fed by whoever serves the VM. */
             rb_set(&leg->book, lane_book);
             rb_place_live(c, place);
-            settle(c, lane_book, 2000);
+            rb_settle(c, lane_book, 2000);
         }
         if (rc == 0 && rb_get(&rec->book) && !lane_book) /* the lane has got a server: its other legs are that book's too */
             for (uint32_t n = 0; n < RB_MAX_LEGS; n++) {
@@ -252,7 +293,7 @@ int rb_lane_bind(rb_cluster *c, uint32_t lane, uint32_t queue, uint32_t directio
         if (rc == 0)
             bump(c, rb_get(&rec->book));
     }
-    if (rc == 0) {
+    if (rc == 0 && q->direct) {
         memset(&q->end[rx], 0, sizeof q->end[rx]);
         q->end[rx].lane = lane + 1;
         q->end[rx].since_ns = rb_now_ns();
@@ -269,13 +310,14 @@ static int release_leg(struct rb_cluster *c, uint32_t number, uint32_t how, int 
     uint64_t place = rb_get(&leg->place);
     if (leg->kind == RB_LEG_NONE)
         return 1;
-    if (leg->kind == RB_LEG_LEND && how == 1) {
+    if (leg->kind == RB_LEG_LEND && (how == 1 || !book)) {
         uint64_t wanted;
         int rc = rb_host_place(c, number / 2, leg->slots, leg->credit, &wanted);
         if (rc < 0)
             return rc;
         if (!book)
             return move_unserved(c, number, wanted) == 0;
+        rb_place_free(c, rb_get(&leg->wanted) != place ? rb_get(&leg->wanted) : 0);
         rb_set(&leg->wanted, wanted);
     }
     if (!book) { /* nothing was ever lent on it */
@@ -285,7 +327,7 @@ static int release_leg(struct rb_cluster *c, uint32_t number, uint32_t how, int 
         return 1;
     }
     rb_set(&leg->release, how);
-    return settle(c, book, timeout_ms);
+    return rb_settle(c, book, timeout_ms);
 }
 
 /* A direct queue: home when its last member has let go. */
@@ -305,7 +347,8 @@ static void release_direct(struct rb_cluster *c, uint32_t queue)
         mine = &s;
     if (!mine) {
         rb_set(&leg->release, 1); /* its living owner does it */
-        settle(c, book, 2000);
+        if (rb_settle(c, book, 2000) == 0)
+            return; /* when it looks again; until then nothing is given out twice */
     } else {
         if (rb_server_leg(mine, 2 * queue + RB_LEG_R, &l) == 0) {
             rb_leg_reclaim(mine, l, RB_RECLAIM_ALL);
@@ -318,13 +361,16 @@ static void release_direct(struct rb_cluster *c, uint32_t queue)
         }
     }
     struct rb_lane *memory = rb_lane_get(c, lane);
-    if (memory)
+    if (memory) {
         rb_set(&memory->header.state, RB_SEG_GONE);
+        rb_lane_touch(memory);
+    }
     unlink(c->reg->state->lane[lane].path);
     rb_set(&c->reg->state->lane[lane].state, RB_SEG_FREE);
     if (rb_host_place(c, queue, q->slots, q->credit, &place) == 0) {
         rb_leg_init(c, 2 * queue + RB_LEG_R, RB_LEG_LEND, q->slots, q->credit, place);
         rb_place_live(c, place);
+        bump(c, mine == &s ? 0 : book); /* its owner forgets the old rings */
     }
 }
 
@@ -340,8 +386,8 @@ static int unbind(struct rb_cluster *c, uint32_t queue, int rx, uint32_t how)
         }
         return 1;
     }
-    struct rb_lane *lane = rb_lane_get(c, (uint32_t)(rb_get(&leg->place) >> 32));
-    if (lane && leg->kind) {
+    struct rb_lane *lane = leg->kind ? rb_lane_get(c, (uint32_t)(rb_get(&leg->place) >> 32)) : NULL;
+    if (lane && c->reg->state->lane[rb_get(&leg->place) >> 32].domain) {
         rb_store_release(&lane->entry[(uint32_t)rb_get(&leg->place) - 1].ready, 2); /* the guest's next burst sees it */
         rb_lane_touch(lane);
     }
@@ -397,7 +443,7 @@ int rb_lane_announce(rb_cluster *c, uint32_t lane_number, int timeout_ms)
 
 int rb_lane_remove(rb_cluster *c, uint32_t lane_number, int still_mapped)
 {
-    int rc = host_only(c), settled = 1;
+    int rc = host_only(c);
     if (rc < 0 || (rc = rb_enter(c->reg)) < 0)
         return rc;
     struct rb_segment_record *rec = record_of(c, lane_number);
@@ -412,15 +458,11 @@ int rb_lane_remove(rb_cluster *c, uint32_t lane_number, int still_mapped)
     for (uint32_t q = 0; q < RB_MAX_QUEUES; q++)
         for (int rx = 0; rx < 2; rx++)
             if (c->reg->state->queue[q].used && c->reg->state->queue[q].end[rx].lane == lane_number + 1)
-                settled &= unbind(c, q, rx, still_mapped ? 2 : 1) > 0;
-    if (!still_mapped && settled) {
-        for (uint32_t n = 0; n < RB_MAX_LEGS; n++) /* one that its server still drains keeps the memory */
-            settled &= !rb_leg_of(c, n)->kind || rb_get(&rb_leg_of(c, n)->place) >> 32 != lane_number;
-        unlink(rec->path);
-        if (settled)
-            rb_set(&rec->state, RB_SEG_FREE);
-        else
-            rec->vm[0] = 0, rb_set(&rec->state, RB_SEG_GONE);
+                unbind(c, q, rx, still_mapped ? 2 : 1);
+    if (!still_mapped) {
+        rec->vm[0] = 0;
+        rb_set(&rec->state, RB_SEG_GONE);
+        rb_lane_sweep(c, lane_number); /* or when its server has drained the last leg: a successor may have to map it still */
     }
     rb_leave(c->reg);
     return 0;

@@ -29,7 +29,6 @@ struct rb_lane *rb_lane_get(struct rb_cluster *c, uint32_t lane)
 {
     struct rb_lane_map *m = &c->lane[lane];
     struct rb_mapping map = {0};
-    struct stat st;
     if (!c->reg)
         return m->lane;
     uint64_t life = c->reg->state->lane_life[lane];
@@ -41,18 +40,8 @@ struct rb_lane *rb_lane_get(struct rb_cluster *c, uint32_t lane)
     if (!r->domain) {
         if (rb_segment_open(r->path, c->id, RB_KIND_LANE, c->generation, 1, &map, NULL) < 0)
             return NULL;
-    } else { /* nothing inside is believed: the VM may have overwritten its header, and others depend on this server */
-        int fd = open(r->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-        if (fd < 0 || fstat(fd, &st) != 0 || (uint64_t)st.st_size != r->size ||
-            (map.base = mmap(NULL, r->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)) == MAP_FAILED) {
-            rb_fail(ENODEV, "detached", NULL, "the lane of VM %s (%s) could not be mapped: %s", r->vm, r->path, strerror(errno));
-            if (fd >= 0)
-                close(fd);
-            return NULL;
-        }
-        close(fd);
-        map.size = r->size;
-    }
+    } else if (rb_segment_map(r, &map) < 0) /* the VM may have overwritten its header, and others depend on this server */
+        return NULL;
     *m = (struct rb_lane_map){map.base, map.size, life};
     return m->lane;
 }
@@ -301,12 +290,15 @@ int rb_queue_create(rb_cluster *c, int id, const rb_queue_options *options)
         return rc;
     struct rb_state *s = c->reg->state;
     if (id < 0)
-        for (id = 0; id < (int)RB_MAX_QUEUES && s->queue[id].used; id++)
+        for (id = 0; id < (int)RB_MAX_QUEUES && (s->queue[id].used || rb_leg_of(c, 2 * (uint32_t)id)->kind); id++)
             ;
     uint64_t sum = promised(s) + o.credit, have = s->buffers - RB_EXTENT;
     if (id >= (int)RB_MAX_QUEUES)
         rc = rb_fail(EINVAL, "bad-number", NULL, "queue numbers go from 0 to %u", RB_MAX_QUEUES - 1);
-    else if (s->queue[id].used) {
+    else if (rb_leg_of(c, 2 * (uint32_t)id)->kind && !s->queue[id].used) {
+        rb_fail(EBUSY, "busy", NULL, "queue %u@%d was destroyed, and the process that served it has not looked since", c->id, id);
+        rc = rb_cure(EBUSY, "take another number");
+    } else if (s->queue[id].used) {
         rb_fail(EEXIST, "queue-exists", NULL, "queue %u@%d exists", c->id, id);
         rc = rb_cure(EEXIST, "ringbar queue destroy %u@%d", c->id, id);
     } else if (sum > have) {
@@ -330,11 +322,9 @@ int rb_queue_create(rb_cluster *c, int id, const rb_queue_options *options)
     return rc;
 }
 
-int rb_queue_destroy(rb_cluster *c, uint32_t queue)
+int rb_queue_remove(struct rb_cluster *c, uint32_t queue)
 {
-    int rc = rb_alive(c);
-    if (rc < 0 || (rc = rb_enter(c->reg)) < 0)
-        return rc;
+    int rc;
     if ((rc = rb_queue_check(c, queue)) == 0) {
         struct rb_queue *q = &c->reg->state->queue[queue];
         for (unsigned e = 0; e < 2 && rc == 0; e++) {
@@ -353,31 +343,28 @@ int rb_queue_destroy(rb_cluster *c, uint32_t queue)
             uint32_t book = rb_get(&leg->book);
             if (!leg->kind)
                 continue;
-            struct rb_server s;
-            if (book && rb_book_dead(c->reg, book - 1) && rb_server_act(c, book - 1, &s) == 0) {
-                struct rb_leg_ctx *ctx;
-                if (rb_server_leg(&s, 2 * queue + l, &ctx) == 0)
-                    rb_leg_reclaim(&s, ctx, RB_RECLAIM_ALL);
-                rb_server_done(&s);
-            } else if (book && c->server && c->server->book == book - 1) {
-                struct rb_leg_ctx *ctx;
-                if (rb_server_leg(c->server, 2 * queue + l, &ctx) == 0) {
-                    rb_leg_reclaim(c->server, ctx, RB_RECLAIM_ALL);
-                    rb_server_drop_leg(c->server, ctx);
-                }
-            } else if (book && rb_get(&leg->lent)) {
-                int32_t pid = rb_byte_holder(c->reg, RB_LOCK_BOOK + book - 1);
-                rb_fail(EBUSY, "busy", NULL, "process %d has buffers lent on queue %u@%u", pid, c->id, queue);
-                rc = rb_cure(EBUSY, "end it: kill %d", pid);
-                break;
+            if (book) { /* whoever serves it takes home what is lent, now or when it next looks */
+                rb_set(&leg->release, 3);
+                rb_settle(c, book, 200);
+            } else {
+                rb_place_free(c, rb_get(&leg->place));
+                leg->kind = RB_LEG_NONE;
             }
-            rb_place_free(c, rb_get(&leg->place));
-            leg->kind = RB_LEG_NONE;
-            rb_set(&leg->book, 0);
         }
+        if (rc == 0 && q->observes)
+            c->reg->state->queue[q->observes - 1].observer = 0;
         if (rc == 0)
             q->used = 0;
     }
+    return rc;
+}
+
+int rb_queue_destroy(rb_cluster *c, uint32_t queue)
+{
+    int rc = rb_alive(c);
+    if (rc < 0 || (rc = rb_enter(c->reg)) < 0)
+        return rc;
+    rc = rb_queue_remove(c, queue);
     rb_leave(c->reg);
     return rc;
 }
@@ -445,8 +432,17 @@ static void holder_info(struct rb_cluster *c, uint32_t queue, unsigned e, int32_
         *since = h->since_ns;
         memcpy(name, h->name, sizeof h->name);
     }
-    if (h->lane)
-        memcpy(vm, c->reg->state->lane[h->lane - 1].vm, 128);
+    if (!h->lane)
+        return;
+    memcpy(vm, c->reg->state->lane[h->lane - 1].vm, 128);
+    /* The program in the VM, as it says itself: for people, and kept printable. */
+    const struct rb_leg *l = rb_leg_of(c, 2 * queue + (e ? RB_LEG_R : RB_LEG_T));
+    struct rb_ring r;
+    if (l->kind && rb_place_ring(c, rb_get(&l->place), &r, NULL) == 0 && (*pid = (int32_t)(rb_get(&r.ctl->open) & INT32_MAX)) != 0) {
+        memcpy(name, r.ctl->name, 31);
+        for (char *p = name; *p; p++)
+            *p = *p > ' ' && *p < 127 ? *p : '?';
+    }
 }
 
 static void leg_info(struct rb_cluster *c, uint32_t number, rb_queue_info *info)
@@ -478,8 +474,10 @@ static void leg_info(struct rb_cluster *c, uint32_t number, rb_queue_info *info)
     }
     info->copied += rb_get(&l->copied);
     info->foreign += rb_get(&l->foreign);
-    if (rb_get(&l->release) == 2)
-        info->quarantined += lent;
+    uint32_t book = rb_get(&l->book);
+    const rb_a64 *ledger = book ? c->reg->ledgers + (uint64_t)(book - 1) * c->reg->state->capacity : NULL;
+    for (uint32_t i = 0; ledger && rb_get(&l->release) == 2 && i < c->buffers; i++)
+        info->quarantined += RB_WORD_KIND(rb_get(&ledger[i])) == RB_W_QUARANTINED && RB_WORD_LEG(rb_get(&ledger[i])) == number;
     for (int i = 0; i < RB_DROP_REASONS; i++)
         info->drops[i] += rb_get(&l->drops[i]);
 }

@@ -2,7 +2,7 @@
  *
  * What a process keeps for itself, and how the files of the core call each other. From the bottom up:
  * error.c, segment.c (files and mappings), registry.c (finding clusters, locks, life and death), queue.c (queues and where their
- * rings are), server.c (the lender: ledger, intents), recover.c (what the dead left), client.c (the borrower), lane.c (VMs),
+ * rings are), server.c (the lender: ledger, intents), recover.c (what the dead left), client.c (the borrower), lane.c (VMs), observe.c (copies for a capture),
  * end.c (the public calls), dev_zc.c (AF_XDP), worker.c, flow.c, bench.c.
  */
 #ifndef RB_INTERNAL_H
@@ -73,6 +73,8 @@ int rb_segment_create(uint32_t cluster, uint32_t kind, uint32_t number, uint64_t
                       uint64_t generation, char *path, int *keep_fd, struct rb_mapping *out);
 int rb_segment_open(const char *path, uint32_t cluster, uint32_t kind, uint64_t generation, int writable, struct rb_mapping *out,
                     int *keep_fd);
+/* Map a segment that a VM can write to: nothing inside is believed, size and path are the record's. */
+int rb_segment_map(const struct rb_segment_record *record, struct rb_mapping *out);
 int rb_header_check(const struct rb_header *header, uint32_t cluster, uint64_t generation, const char *what);
 void rb_unmap(struct rb_mapping *mapping);
 uint64_t rb_pow2(uint64_t v); /* next power of two, at least v */
@@ -93,6 +95,7 @@ struct rb_leg_ctx { /* a leg this process serves */
     bool leaving;   /* its end was closed with buffers still out: let go of the queue when they are back */
     uint64_t renew_after; /* monotonic: sessions of a VM written before are looked at then */
     uint32_t index; /* in server->active */
+    struct rb_leg_ctx *observer; /* gets a copy of every packet; served by the same book */
 };
 
 struct rb_server { /* a book, as the process that acts for it sees it */
@@ -138,6 +141,7 @@ struct rb_end {
     bool echoed, closing, lingering;
     bool again; /* something came back for this end before the echo: one more session brings it home */
     uint32_t *stock, stocked; /* empties of a sending client */
+    uint32_t out;             /* direct producers: sent and not come back; at most what the return ring holds */
     uint16_t *origin;         /* direct producers: where a buffer on its way came from */
     void *device;
     rb_a32 broken;
@@ -168,6 +172,7 @@ struct rb_cluster {
     uint32_t lanes;
     struct rb_end *end[RB_MAX_ENDS];
     uint32_t waiting; /* ends closed by their user that still wait for buffers lent on: lingering or leaving */
+    uint32_t opening; /* leg + 1 whose packets an end that is just being opened will collect */
     struct rb_server *server;
     struct rb_worker *worker; /* that owns this handle for now */
     int owner;                /* 1: this handle keeps the cluster alive */
@@ -178,7 +183,7 @@ struct rb_cluster {
 /* Number of a handle in ledgers and `where`; UINT32_MAX when out of range. */
 static inline uint32_t rb_number(const struct rb_cluster *c, uint32_t handle)
 {
-    if (__builtin_expect(handle - 1 < c->pool_count[0] - 1, 1)) /* the first pool, whose numbers are its handles */
+    if (__builtin_expect((handle != 0) & (handle < c->pool_count[0]), 1)) /* the first pool, whose numbers are its handles */
         return handle;
     uint32_t pool = handle >> 24, index = handle & RB_INDEX_MASK;
     return index && index < c->pool_count[pool] ? c->pool_base[pool] + index : UINT32_MAX;
@@ -202,6 +207,10 @@ int rb_host_place(struct rb_cluster *c, uint32_t queue, uint32_t slots, uint32_t
 int rb_place_ring(struct rb_cluster *c, uint64_t place, struct rb_ring *ring, struct rb_lane_entry **entry);
 void rb_leg_init(struct rb_cluster *c, uint32_t leg, uint32_t kind, uint32_t slots, uint32_t credit, uint64_t place);
 void rb_lane_touch(struct rb_lane *lane); /* its table changed */
+/* Have the book act on what was changed: 1 when done, 0 when its living owner has not looked within timeout_ms (it will). Recovery lock held,
+ * given up while waiting. */
+int rb_settle(struct rb_cluster *c, uint32_t book, int timeout_ms);
+int rb_queue_remove(struct rb_cluster *c, uint32_t queue); /* rb_queue_destroy, recovery lock held */
 void rb_lane_unmap(struct rb_cluster *c, uint32_t lane);
 void rb_lane_sweep(struct rb_cluster *c, uint32_t lane); /* a removed lane's memory goes with its last leg */
 
@@ -232,6 +241,11 @@ static inline uint32_t rb_handle_of(const struct rb_cluster *c, uint32_t number)
             return p << 24 | (number - c->pool_base[p]);
     return 0;
 }
+
+/* ---- observe.c */
+void rb_observe(struct rb_server *s, struct rb_leg_ctx *observer, const rb_desc *desc, uint32_t n);
+void rb_observe_link(struct rb_server *s); /* which of the served legs are observed; recovery lock held */
+void rb_observe_reap(struct rb_cluster *c); /* observers whose process died; recovery lock held */
 
 /* ---- recover.c */
 void rb_recover_intent(struct rb_server *s);

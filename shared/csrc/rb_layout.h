@@ -162,7 +162,9 @@ static_assert(sizeof(struct rb_leg) == 384, "leg");
 struct rb_queue {
     uint32_t used, slots, credit, direct; /* [lock] */
     struct rb_holder end[2];              /* [lock] 0 = tx (producer), 1 = rx (consumer) */
-    uint8_t pad[48];
+    uint32_t observer;                    /* [lock] number + 1 of the queue that gets a copy of every packet; 0 = none */
+    uint32_t observes;                    /* [lock] of that queue: number + 1 of the one it looks at */
+    uint8_t pad[40];
 };
 static_assert(sizeof(struct rb_queue) == 192, "queue");
 
@@ -175,7 +177,8 @@ struct rb_segment_record { /* [lock] */
     char identity[64];
     rb_a32 book;           /* a VM's lane: number + 1 of its serving book */
     uint32_t domain;
-    uint8_t pad[40];
+    uint32_t buffers;      /* of a pool, buffer 0 included */
+    uint8_t pad[36];
 };
 static_assert(sizeof(struct rb_segment_record) == 384, "segment record");
 

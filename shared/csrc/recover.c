@@ -271,12 +271,15 @@ void rb_renew(struct rb_server *s, struct rb_leg_ctx *l)
         memcpy(l->rec->boot_id, boot, sizeof boot);
     }
     rb_leg_reclaim(s, l, RB_RECLAIM_KEEP_UNREAD);
+    /* A VM can have overwritten the server's indices as well. */
+    rb_store_release(l->kind == RB_LEG_LEND ? &l->ring.ctl->p : &l->ring.ctl->c, l->kind == RB_LEG_LEND ? l->ring.p : l->ring.c);
+    rb_store_release(l->kind == RB_LEG_LEND ? &l->ring.ctl->rc : &l->ring.ctl->rp, l->kind == RB_LEG_LEND ? l->ring.rc : l->ring.rp);
     rb_order();
     rb_set(&l->rec->echoed, session);
     rb_store_release(&l->ring.ctl->echo, session);
     if (l->vm) {
         uint64_t now = rb_mono_ns();
-        l->renew_after = now + 32 * (now - begin);
+        l->renew_after = now + 8 * (now - begin);
     }
 }
 
@@ -378,6 +381,7 @@ int rb_reap_all(struct rb_cluster *c)
     int found = 0, rc = rb_enter(c->reg);
     if (rc < 0)
         return rc;
+    rb_observe_reap(c);
     for (uint32_t b = 0; b < RB_MAX_BOOKS; b++) {
         struct rb_server s;
         if (!rb_book_dead(c->reg, b))

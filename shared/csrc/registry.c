@@ -499,6 +499,7 @@ static int pool_create(struct rb_registry *reg, const struct rb_cluster_options 
     h->buffers = o->buffers;
     r->pages = pages;
     r->size = m.size;
+    r->buffers = o->buffers;
     s->pages = pages;
     s->buffers = o->buffers;
     rb_set(&r->state, RB_SEG_OPEN);
@@ -524,17 +525,16 @@ static int handle_new(struct rb_registry *reg, struct rb_cluster **out)
         struct rb_mapping m = {0};
         if (rb_get(&r->state) != RB_SEG_OPEN)
             continue;
-        int rc = rb_segment_open(r->path, reg->id, RB_KIND_POOL, reg->generation, 1, &m, NULL);
+        int rc = rb_segment_map(r, &m); /* sizes from `state`: a VM that sends can write into the pool's header */
         if (rc < 0) {
             free(c);
             return rc;
         }
-        const struct rb_header *h = m.base;
         c->pool[i] = m.base;
         c->pool_size[i] = m.size;
         c->pool_base[i] = c->buffers;
-        c->pool_count[i] = h->buffers;
-        c->buffers += (h->buffers + RB_EXTENT - 1) & ~(RB_EXTENT - 1);
+        c->pool_count[i] = r->buffers;
+        c->buffers += (r->buffers + RB_EXTENT - 1) & ~(RB_EXTENT - 1);
     }
     c->where = calloc(c->buffers, sizeof *c->where);
     if (!c->where) {

@@ -203,6 +203,9 @@ typedef struct rb_queue_info {
 } rb_queue_info;
 /* -ENOENT: no such queue. Host: any queue. Guest: the queues of its lanes, as far as it can see. */
 RB_API int rb_queue_get_info(rb_cluster *cluster, uint32_t queue, rb_queue_info *info);
+/* Copy every packet of `queue` to queue `observer` as well (one copy each), or no longer (observer < 0). Nothing is taken away: what the observer has
+ * no room for is dropped there and counted. The process that serves `queue` makes the copies. -EBUSY: it is observed already. */
+RB_API int rb_queue_observe(rb_cluster *cluster, uint32_t queue, int observer);
 /* Numbers of all queues: how many there are; at most n are written. */
 RB_API int rb_queue_list(rb_cluster *cluster, uint32_t *ids, int n);
 

@@ -270,6 +270,26 @@ int rb_segment_open(const char *path, uint32_t cluster, uint32_t kind, uint64_t 
     return rc;
 }
 
+int rb_segment_map(const struct rb_segment_record *r, struct rb_mapping *out)
+{
+    struct stat st;
+    int fd = open(r->path, O_RDWR | O_CLOEXEC), err;
+    out->base = MAP_FAILED;
+    if (fd >= 0 && fstat(fd, &st) == 0 && (uint64_t)st.st_size == r->size)
+        out->base = mmap(NULL, r->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    err = errno;
+    if (fd >= 0)
+        close(fd);
+    out->size = r->size;
+    if (out->base != MAP_FAILED)
+        return 0;
+    out->base = NULL;
+    if (err == EACCES || err == EPERM)
+        return rb_fail(EACCES, "no-permission", "join group ringbar: usermod -aG ringbar USER, and log in again", "no permission to open %s", r->path);
+    return rb_fail(ENODEV, "detached", NULL, "%s%s%s could not be mapped: %s", r->vm[0] ? "the lane of VM " : "", r->vm[0] ? r->vm : "", r->vm[0] ? "" : r->path,
+                   strerror(err));
+}
+
 void rb_unmap(struct rb_mapping *m)
 {
     if (m->base)

@@ -178,6 +178,11 @@ void rb_server_drop_leg(struct rb_server *s, struct rb_leg_ctx *l)
     s->active[l->index] = s->active[--s->actives];
     s->active[l->index]->index = l->index;
     s->leg[l->number] = NULL;
+    if (l->claimed) /* what was claimed for it will do for the next */
+        s->need -= RB_MIN(s->need, l->credit);
+    for (uint32_t i = 0; i < s->actives; i++)
+        if (s->active[i]->observer == l)
+            s->active[i]->observer = NULL;
     for (uint32_t i = 0; i < RB_MAX_ENDS; i++)
         if (s->c->end[i] && s->c->end[i]->ctx == l)
             s->c->end[i]->ctx = NULL;
@@ -459,6 +464,8 @@ int rb_server_lend(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc, int
             break;
         }
         k = got;
+        if (__builtin_expect(l->observer != NULL, 0))
+            rb_observe(s, l->observer, d, k); /* now: once it is lent its consumer may write into it */
         for (uint32_t i = 0; i < k; i++)
             rec->handles[i] = d[i].handle;
         arm(rec, RB_OP_LEND, l->number, k, l->ring.p);
@@ -634,7 +641,7 @@ int rb_server_collect(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc, 
                     add(&l->rec->foreign, 1);
                 continue;
             }
-            from->lent--;
+            rb_set(&from->rec->lent, --from->lent);
             int fits = rb_fits(c, d.word);
             if (sub) {
                 struct rb_end *origin = rb_client_end_of(c, RB_WORD_ORIGIN(w));
@@ -687,6 +694,8 @@ int rb_server_collect(struct rb_server *s, struct rb_leg_ctx *l, rb_desc *desc, 
         rb_ring_consumed(&l->ring);
         disarm(s->rec);
     }
+    if (__builtin_expect(l->observer != NULL, 0))
+        rb_observe(s, l->observer, desc, out);
     if (handed) {
         add(&l->rec->packets, handed);
         add(&l->rec->bytes, bytes);
@@ -788,6 +797,7 @@ static void leg_move(struct rb_server *s, struct rb_leg_ctx *l)
     rb_order();
     rb_place_free(s->c, l->place);
     rb_place_live(s->c, wanted);
+    rb_lane_sweep(s->c, (uint32_t)(l->place >> 32));
     l->ring = to;
     l->place = wanted;
     l->odd = false;
@@ -816,7 +826,9 @@ static void take_on(struct rb_server *s)
             struct rb_segment_record *lane = &c->reg->state->lane[rb_get(&leg->place) >> 32];
             if (!leg->kind || rb_get(&leg->book))
                 continue;
-            int relayed = !(n & RB_LEG_T) && t->kind == RB_LEG_GRANT && rb_get(&t->book) == me && (c->reg->state->queue[n / 2].end[1].lane || c->reg->state->queue[n / 2].end[1].pid);
+            int relayed = !(n & RB_LEG_T) && t->kind == RB_LEG_GRANT && rb_get(&t->book) == me && c->opening != (n | RB_LEG_T) + 1 &&
+                          read_elsewhere(c, n | RB_LEG_T) &&
+                          !(s->leg[n | RB_LEG_T] && reader_of(c, s->leg[n | RB_LEG_T]));
             uint32_t book = lane->vm[0] ? rb_get(&lane->book) : 0;
             if (book != me && (!relayed || book))
                 continue;
@@ -851,10 +863,18 @@ int rb_server_sync(struct rb_server *s)
             if (rb_server_leg(s, n, &l) < 0)
                 continue;
             if (!s->acting && l->kind == RB_LEG_GRANT)
-                rb_server_claim(s, l->credit, "the grant of a sending VM");
+                l->claimed = rb_server_claim(s, l->credit, "the grant of a sending VM") == 0;
         }
         uint32_t release = rb_get(&rec->release);
+        l->domain = c->reg->state->lane[l->place >> 32].domain;
         l->paused = rb_get(&rec->paused) || release == 2; /* nothing more to a VM that is being forced off */
+        if (release == 3) { /* the queue is being destroyed */
+            rb_leg_reclaim(s, l, RB_RECLAIM_ALL);
+            rb_set(&rec->book, 0);
+            rb_set(&rec->release, 0);
+            rb_server_drop_leg(s, l);
+            continue;
+        }
         if (release) {
             if (release == 1 && l->kind == RB_LEG_GRANT && rb_ring_ready(&l->ring, 1) - 1 < l->ring.slots && (reader_of(c, l) || read_elsewhere(c, n))) {
                 pending = true; /* what the VM sent before it let go is still to be read */
@@ -874,6 +894,16 @@ int rb_server_sync(struct rb_server *s)
                 rb_server_drop_leg(s, l);
                 rb_set(&rec->release, 0);
                 rb_lane_sweep(c, (uint32_t)(place >> 32));
+                struct rb_leg_ctx *r = s->leg[n - RB_LEG_T]; /* it was relayed to */
+                if (r && !r->vm && !reader_of(c, r) && !r->leaving) {
+                    if (!r->lent && !rb_get(&r->rec->release) && rb_get(&r->rec->wanted) == r->place) {
+                        rb_set(&r->rec->book, 0);
+                        rb_server_drop_leg(s, r);
+                        continue;
+                    }
+                    r->leaving = true;
+                    c->waiting++;
+                }
                 continue;
             }
             if (release == 1)
@@ -884,6 +914,7 @@ int rb_server_sync(struct rb_server *s)
         else if (c->reg->state->place[l->place >> 32][(uint32_t)l->place - 1].used == 2)
             rb_place_live(c, l->place); /* whoever moved it here died before it said so */
     }
+    rb_observe_link(s);
     if (!pending) {
         s->epoch = epoch;
         rb_store_release(&s->rec->seen, epoch);

@@ -3,6 +3,7 @@
 #include "rb_worker.h"
 
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -82,7 +83,12 @@ int rb_worker_launch(struct rb_worker *w, const rb_worker_options *options)
         }
     }
     rb_set(&w->running, 1);
+    /* Signals are the program's: one that ended this thread's process, or was handled here, would find ends open. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     int rc = pthread_create(&w->thread, &attr, run, w);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attr);
     if (rc == EINVAL && w->options.core)
         return rb_fail(EINVAL, "bad-core", "see: nproc", "there is no processor %d", w->options.core - 1);

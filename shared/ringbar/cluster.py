@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Callable, Literal, overload
 
 from . import _c, address
@@ -307,6 +308,31 @@ class Cluster:
         options.direct = bool(direct)
         number = -1 if id is None else _c.number(id, 0, address.MAX_QUEUE, "a queue's number")
         return Queue(self, self.call(lib.rb_queue_create, number, options))
+
+    @contextlib.contextmanager
+    def observe(self, queue: int | str | Queue, *, slots: int = 4096) -> Iterator[Rx]:
+        """A copy of every packet of a queue while the block runs; nothing is taken away from its consumer.
+
+        The process that serves the queue makes the copies; what does not fit is dropped from the copies and counted
+        in the stats of this end's queue.
+
+        :param queue: which one.
+        :param slots: of the queue of copies, which is made for this and destroyed in the end.
+        :raises Error: it is observed already (Busy), direct between two VMs, or the pool is too small; in a VM.
+        """
+        number = self._queue_address(queue).queue
+        copies = self.create_queue(slots=slots)
+        try:
+            with self.open_queue(copies, "rx") as rx:
+                self.call(lib.rb_queue_observe, number, copies.id)
+                try:
+                    yield rx
+                finally:
+                    with contextlib.suppress(Error):  # destroyed meanwhile
+                        self.call(lib.rb_queue_observe, number, -1)
+        finally:
+            with contextlib.suppress(Error):
+                copies.destroy()
 
     @property
     def queues(self) -> list[Queue]:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from ringbar.errors import Error
 from ringbar.host.bench import dpdk, peers, report
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any, Callable
 
@@ -14,6 +16,9 @@ import testinfra
 from testinfra.host import Host
 
 from ringbar.qemu.launch import QEMU, Guest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from vmtools import Program, Shell
 
 PACKAGES = ("ringbar", "ringbar.guest")
 
@@ -67,3 +72,41 @@ def host_pc(guest_pc: Guest) -> Host:
 def host_q35(guest_q35: Guest) -> Host:
     """The ``q35`` VM as testinfra sees it, over SSH."""
     return testinfra.get_host(guest_q35.testinfra)
+
+
+@pytest.fixture(scope="session")
+def guest_wide(start_guest: Callable[..., Guest]) -> Iterator[Guest]:
+    """A q35 VM whose root ports have a window of 2 GiB for 64-bit BARs."""
+    with start_guest("wide", machine="q35", pref64_reserve="2G") as guest:
+        guest.wait_up()
+        yield guest
+
+
+@pytest.fixture(scope="session")
+def host_wide(guest_wide: Guest) -> Host:
+    """The q35 VM with wide windows as testinfra sees it, over SSH."""
+    return testinfra.get_host(guest_wide.testinfra)
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
+    """``ringbar`` on the host, with a registry and memory that this test has for itself; also for this process."""
+    shell = Shell()
+    for name, value in shell.variables.items():
+        monkeypatch.setenv(name, value)
+    yield shell
+    shell.close()
+
+
+@pytest.fixture
+def program() -> Iterator[Callable[[Guest], Program]]:
+    """Starts programs in guests, and ends them after the test."""
+    started: list[Program] = []
+
+    def start(guest: Guest) -> Program:
+        started.append(Program(guest))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()

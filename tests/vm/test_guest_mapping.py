@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 from testinfra.host import Host
@@ -63,7 +63,10 @@ class Monitor:
 
 @contextlib.contextmanager
 def plugged(guest: Guest, sizes: list[int], bus: str, slot: int) -> Iterator[list[mmap.mmap]]:
-    """Memory of these sizes as functions 0, 1, ... of one slot; yields the host's mappings; unplugged after."""
+    """Memory of these sizes as functions 0, 1, ... of one slot; yields the host's mappings; unplugged after.
+
+    Before the guest sees it, each has its number plus 1 in its first eight bytes and plus 50 in its last eight.
+    """
     monitor = Monitor(guest.qmp)
     try:
         memories, objects = [], []
@@ -72,6 +75,7 @@ def plugged(guest: Guest, sizes: list[int], bus: str, slot: int) -> Iterator[lis
                 file = stack.enter_context(tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="ringbar-test-"))
                 file.truncate(sizes[function])
                 memories.append(mmap.mmap(file.fileno(), sizes[function]))
+                memories[-1][:8], memories[-1][-8:] = bytes([function + 1] * 8), bytes([function + 50] * 8)
                 name = f"test{function}"
                 monitor.execute(
                     "object-add", **{"qom-type": "memory-backend-file", "mem-path": file.name},
@@ -138,9 +142,6 @@ def exchange(guest: Guest, sizes: list[int], bus: str, slot: int) -> list[dict[s
     assert running.stdout is not None
     assert running.stdout.readline() == "waiting\n"
     with plugged(guest, sizes, bus, slot) as memories:
-        for index, memory in enumerate(memories):
-            memory[:8] = bytes([index + 1] * 8)
-            memory[-8:] = bytes([index + 50] * 8)
         answers: list[dict[str, Any]] = answer(running)
         for index, (memory, said) in enumerate(zip(memories, answers)):
             assert said["size"] == sizes[index]
@@ -160,14 +161,6 @@ def all_write_back(answers: list[dict[str, Any]]) -> None:
 
 def ids(size: int) -> str:
     return f"{size // MIB}MiB"
-
-
-@pytest.fixture(scope="module")
-def guest_wide(start_guest: Callable[..., Guest]) -> Iterator[Guest]:
-    """A q35 VM whose root ports have a window of 2 GiB for 64-bit BARs."""
-    with start_guest("wide", machine="q35", pref64_reserve="2G") as guest:
-        guest.wait_up()
-        yield guest
 
 
 @pytest.mark.parametrize("size", SIZES, ids=ids)

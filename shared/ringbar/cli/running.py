@@ -21,6 +21,8 @@ from ringbar.errors import Busy, Error, NotFound
 
 TICK = 0.05
 """Seconds between two looks at a worker."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, a service manager, a terminal or SSH connection that goes away: a tool closes its ends and sums up."""
 
 
 def period(out: Output) -> float:
@@ -217,12 +219,12 @@ def session_interfaces() -> set[str]:
 
 @contextlib.contextmanager
 def interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call ``stop`` instead of ending the program, so that a summary follows."""
+    """:data:`ENDING` call ``stop`` instead of ending the program, so that a summary follows."""
 
     def handler(number: int, frame: object) -> None:
         stop()
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in ENDING}
     try:
         yield
     finally:
@@ -231,14 +233,13 @@ def interruptible(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def ticks(limit: float | None) -> Iterator[None]:
-    """Every :data:`TICK` seconds, until ``limit`` seconds have gone (None: no limit), Ctrl-C or SIGTERM."""
-    ending = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    """Every :data:`TICK` seconds, until ``limit`` seconds have gone (None: no limit), or a signal of :data:`ENDING`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     deadline = None if limit is None else time.monotonic() + limit
     try:
         while True:
             left = TICK if deadline is None else min(TICK, deadline - time.monotonic())
-            if left <= 0 or signal.sigtimedwait(ending, left) is not None:
+            if left <= 0 or signal.sigtimedwait(ENDING, left) is not None:
                 return
             yield
     finally:

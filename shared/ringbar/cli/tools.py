@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ringbar import address
@@ -29,7 +31,6 @@ from ringbar.cli.common import (
     size,
     wire_bits,
 )
-from ringbar.errors import Error
 
 if TYPE_CHECKING:
     from ringbar.flow import Flow
@@ -404,12 +405,12 @@ def _capture(options: argparse.Namespace, out: Output) -> int:
         if sys.stdout.isatty():
             raise Usage("packets are not for a terminal", cure="-w FILE, or pipe it: ... -w - | tcpdump -nr -")
     kind = options.format or ("pcap" if options.file.endswith(".pcap") else "pcapng")
-    if options.observe is not None:
-        return _observe(options, out)
-    with running.opened([options.input], [], options) as job:
+    observing = options.observe is not None
+    with _observed(options.observe) if observing else running.opened([options.input], [], options) as job:
         rx = job.inputs[0]
         with pcap.create(options.file, kind, str(rx.address), options.snap) as writer:
-            out.note(f"receiving from {job.describe(rx)}, writing {kind} to {options.file}")
+            doing = f"observing {options.observe}" if observing else f"receiving from {job.describe(rx)}"
+            out.note(f"{doing}, writing {kind} to {options.file}")
             meter = _Meter(out, job, rx)
             try:
                 with running.interruptible(rx.stop):
@@ -427,11 +428,10 @@ def _capture(options: argparse.Namespace, out: Output) -> int:
         return meter.end(file=options.file, format=kind, written=writer.packets)
 
 
-def _observe(options: argparse.Namespace, out: Output) -> int:
-    """Here belongs the capture that takes nothing away, once the core can show a queue to a third party."""
-    where = address.parse_queue(options.observe)
-    raise Error(
-        f"{where} cannot be observed by this version",
-        code="not-supported",
-        cure=f"capture -i {where} takes the packets away; a worker's second output does not",
-    )
+@contextlib.contextmanager
+def _observed(queue: str) -> Iterator[running.Job]:
+    from ringbar import Cluster
+
+    where = address.parse_queue(queue)
+    with Cluster.attach(where.cluster) as cluster, cluster.observe(where.queue) as rx:
+        yield running.Job(cluster, [rx], [])
