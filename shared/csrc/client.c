@@ -196,8 +196,10 @@ int rb_client_give(struct rb_end *end, uint32_t handle)
 
 static int consumer_count(struct rb_end *end)
 {
+    if (!echoed(end)) /* which is when the indices become known */
+        return 0;
     uint32_t n = rb_load_acquire(&end->ring.ctl->p) - end->ring.c;
-    return echoed(end) && n <= end->ring.slots ? (int)n : 0;
+    return n <= end->ring.slots ? (int)n : 0;
 }
 
 static int consumer_ready(struct rb_end *end)
@@ -252,11 +254,30 @@ static void refill(struct rb_end *end)
     }
     if (n == RB_RING_FAULT || !n)
         return;
+    const uint16_t own = (uint16_t)(RB_HAND_BORROWED + end->index);
+    uint16_t *where = end->c->where, *origin = end->origin;
+    uint32_t top = end->stocked, out = end->out, rc = r->rc;
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t handle = *(volatile uint32_t *)&r->returned[(r->rc + i) & r->rmask];
-        if (handle)
+        uint32_t handle = *(volatile uint32_t *)&r->returned[(rc + i) & r->rmask], at = rb_number(end->c, handle);
+        if (at == UINT32_MAX || where[at])
+            continue;
+        if (origin && origin[at] != own) { /* of another queue, or never sent by this program */
+            end->stocked = top;
+            end->out = out;
             take_back(end, handle);
+            top = end->stocked;
+            out = end->out;
+            continue;
+        }
+        if (origin) {
+            origin[at] = 0;
+            out -= out > 0;
+        }
+        if (top < r->returns)
+            end->stock[top++] = handle;
     }
+    end->stocked = top;
+    end->out = out;
     r->rc += n;
     rb_store_release(&r->ctl->rc, r->rc);
 }
@@ -326,18 +347,21 @@ static int client_send(struct rb_end *end, rb_desc *desc, int n)
     if (space == RB_RING_FAULT)
         return fault(end);
     n = (int)RB_MIN((uint32_t)n, space);
+    uint16_t *where = c->where, *origin = end->origin;
+    rb_ring_ahead_write(r, (uint32_t)n);
     for (i = 0; i < (uint32_t)n; i++) {
-        uint32_t at = rb_number(c, desc[i].handle);
-        if (at == UINT32_MAX || !c->where[at] || !rb_fits(c, desc[i].word))
+        uint32_t handle = desc[i].handle, word = desc[i].word, at = rb_number(c, handle), hand;
+        if (at == UINT32_MAX || !(hand = where[at]) || !rb_fits(c, word))
             break;
-        if (end->origin)
-            end->origin[at] = c->where[at];
-        c->where[at] = RB_HAND_NONE;
-        bytes += desc[i].word & 0x7fff;
+        if (origin)
+            origin[at] = (uint16_t)hand;
+        where[at] = RB_HAND_NONE;
+        bytes += word & 0x7fff;
+        rb_ring_put(r, i, handle, word, desc[i].ts);
     }
     if (!i)
         return n ? rb_fail(EINVAL, "bad-descriptor", NULL, "descriptor %u is not in this handle's hand, or does not fit its buffer", desc[0].handle) : 0;
-    rb_ring_write(r, desc, i);
+    r->p += i;
     rb_ring_publish(r);
     end->out += i;
     end->st.packets += i;
