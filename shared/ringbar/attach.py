@@ -48,6 +48,10 @@ def attach(number: int) -> Handle:
 def _attach_segments(guest: Any, number: int) -> Handle:
     """Through the BARs of a VM's devices. The core reads in the segments' headers what belongs together."""
     problem: Error | None = None
+    for device in guest.find():
+        if not device.high:  # making room for one moves all behind the same port: first all, then open any
+            with contextlib.suppress(Error):
+                os.close(guest.open_segment(device, writable=True).fd)
     with contextlib.ExitStack() as opened:
         found = []
         for device in guest.find():

@@ -12,6 +12,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -220,8 +221,8 @@ static inline void must_exit_well(pid_t pid)
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
-/* Runs `op` in a child that is killed after `steps` machine instructions of it; -1 = not at all. `prepare` runs whole. Returns the
- * instructions that were executed, and in *whole whether op came to its end. */
+/* Runs `op` in a child that is killed after `steps` machine instructions of it, or -steps nanoseconds where that is negative. `prepare` runs
+ * whole. Returns the instructions that were executed, and in *whole whether op came to its end. */
 static inline long killed_after(long steps, void (*prepare)(void), void (*op)(void), int *whole)
 {
     int status;
@@ -245,7 +246,13 @@ static inline long killed_after(long steps, void (*prepare)(void), void (*op)(vo
     }
     CHECK(WIFSTOPPED(status) && WSTOPSIG(status) == SIGSTOP);
     *whole = 0;
-    while (steps < 0 || n < steps) {
+    if (steps < 0) {
+        uint64_t until = rb_mono_ns() + (uint64_t)-steps;
+        CHECK(ptrace(PTRACE_CONT, pid, NULL, NULL) == 0);
+        while (rb_mono_ns() < until)
+            rb_pause();
+    }
+    while (n < steps) {
         CHECK(ptrace(PTRACE_SINGLESTEP, pid, NULL, NULL) == 0);
         CHECK(waitpid(pid, &status, 0) == pid);
         CHECK(WIFSTOPPED(status));

@@ -103,8 +103,8 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
         )  # fmt: skip
         if done.returncode:
             pytest.skip(f"Debian's package {package} cannot be fetched: {done.stderr.strip()}")
-    for package in work.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "-x", str(package), str(work / "x")], check=True)
+    for archive in work.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", str(archive), str(work / "x")], check=True)
     found: list[bytes] = []
     for names in CAPTURES.values():
         for name in names:
