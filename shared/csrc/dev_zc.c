@@ -335,6 +335,19 @@ void rb_zc_release_dead(struct rb_server *s)
     }
 }
 
+/* Programs that dead processes left on interfaces, when their cluster goes. */
+void rb_zc_clean_up(struct rb_state *state)
+{
+    struct rb_xdp_error err;
+    for (uint32_t i = 0; i < RB_MAX_DEVICES; i++) {
+        char ifname[32];
+        if (!state->device[i].used || load_plugin() < 0)
+            continue;
+        snprintf(ifname, sizeof ifname, "%.*s", (int)strcspn(state->device[i].name, "@"), state->device[i].name);
+        plugin->cleanup(ifname, &err);
+    }
+}
+
 static const struct rb_end_ops zc_ops = {
     .recv = zc_recv, .send = zc_send, .alloc = zc_alloc, .ready = zc_ready, .count = zc_count,
     .fd = zc_fd, .service = zc_service, .stats = zc_stats, .close = zc_close,

@@ -276,5 +276,6 @@ struct rb_end *rb_client_end_of(struct rb_cluster *c, uint32_t leg);
 /* ---- dev_zc.c */
 int rb_zc_open(struct rb_end *end, const char *address);
 void rb_zc_release_dead(struct rb_server *s); /* home what the kernel has let go of */
+void rb_zc_clean_up(struct rb_state *state);  /* take dead processes' programs off the interfaces */
 
 #endif

@@ -418,6 +418,7 @@ static void destroy_locked(struct rb_registry *reg)
         rb_store_release(&h->generation, 0);
         rb_unmap(&m);
     }
+    rb_zc_clean_up(s);
     rb_set(&s->header.state, RB_SEG_GONE);
     remove_files(s, reg->id);
     rb_store_release(&s->header.generation, 0);
