@@ -116,7 +116,7 @@ def test_a_program_killed_in_a_living_guest_is_replaced(shell: Shell, guest_pc: 
     shell.cluster()
     shell("attach", vm(guest_pc), "99@0", "--tx", "99@1")
     with ringbar.Cluster.attach(99) as zc, zc.open_queue(0, "tx") as tx, serving(zc):
-        for turn in range(3):
+        for turn in range(2):
             one = program(guest_pc)
             one.do(OPEN)
             send(tx, 2 * HELD, turn * HELD * 2)
@@ -135,7 +135,7 @@ def test_a_sender_killed_in_a_living_guest_is_replaced(shell: Shell, guest_pc: G
     shell.cluster()
     shell("attach", vm(guest_pc), "99@0", "--tx", "99@1")
     with ringbar.Cluster.attach(99) as zc, zc.open_queue(1, "rx") as rx:
-        for _ in range(3):
+        for _ in range(2):
             sender = program(guest_pc)
             with serving(zc):
                 sender.do(
@@ -154,7 +154,7 @@ def test_a_sender_killed_in_a_living_guest_is_replaced(shell: Shell, guest_pc: G
                     assert [p[0] for p in burst] == list(range(got, got + len(burst)))
                     got += len(burst)
             assert shell.queue("99@1")["foreign"] == 0
-    shell.detach(guest_pc)
+    shell("detach", vm(guest_pc))  # the dead cannot answer, so it waits its two seconds for them
     shell.comes_home()
 
 
@@ -283,7 +283,7 @@ def test_the_hosts_server_is_killed_and_traffic_goes_on(shell: Shell, guest_pc: 
     shell.cluster()
     shell("attach", vm(guest_pc), "99@0", "--tx", "99@1")
     with Tool(guest_pc, "bridge", "-i", "99@0", "-o", "99@1"):
-        for stream in "345":
+        for stream in "34":
             server = shell.start("send", "-o", "99@0", "-i", "99@1", "--window", "512", "--stream", stream)
             has_moved(shell, "99@0", 2000)
             server.send_signal(signal.SIGKILL)
@@ -299,7 +299,7 @@ def test_the_hosts_server_is_killed_and_traffic_goes_on(shell: Shell, guest_pc: 
     shell.comes_home()
 
 
-@pytest.mark.parametrize("name", ["HUP", "TERM", "INT"])
+@pytest.mark.parametrize("name", ["HUP", "TERM"])
 def test_a_tool_that_is_told_to_end_closes_its_ends(shell: Shell, guest_pc: Guest, name: str) -> None:
     shell.cluster()
     shell("attach", vm(guest_pc), "99@0", "--tx", "99@1")
