@@ -54,7 +54,7 @@ static int attach(uint32_t id, int n, char **names, rb_cluster **c)
 }
 
 /* The first word of every line is the packet's number: alike in all lines, and never one that was before. */
-static uint64_t check(const uint8_t *p, uint32_t touch, uint64_t *number)
+static inline uint64_t check(const uint8_t *p, uint32_t touch, uint64_t *number)
 {
     uint64_t v, wrong = 0, first;
     memcpy(&first, p, 8);
@@ -71,6 +71,9 @@ static int receive(rb_cluster *c, rb_end *end, int burst, uint32_t touch, uint64
 {
     uint64_t wrong = 0, number = 0, until = now() + 30000000000u; /* for the first packet */
     int warm = 0;
+    uint8_t *base = NULL;
+    rb_cluster_info info;
+    rb_cluster_get_info(c, &info);
     rb_desc desc[RB_MAX_BURST];
     for (int run = -1; run < runs; run++) { /* the first window only warms up */
         uint64_t packets = 0, begin = now();
@@ -82,8 +85,10 @@ static int receive(rb_cluster *c, rb_end *end, int burst, uint32_t touch, uint64
                 n = rb_recv(end, desc, burst, 0);
                 if (n < 0)
                     return failed("receive");
+                if (n && !base)
+                    base = (uint8_t *)rb_buffer_header(c, &desc[0]) - (uint64_t)desc[0].handle * info.buffer_size; /* one pool */
                 for (int i = 0; i < n && touch; i++)
-                    wrong += check(rb_data(c, &desc[i]), touch, &number);
+                    wrong += check(base + (uint64_t)desc[i].handle * info.buffer_size + rb_desc_offset(&desc[i]), touch, &number);
                 if (n && rb_return(c, desc, n) != n)
                     return failed("return");
                 packets += (uint64_t)n;
@@ -104,14 +109,18 @@ static int transmit(rb_cluster *c, rb_end *end, int burst, uint32_t touch, uint6
 {
     uint64_t number = 0, until = now() + ns, idle = 0;
     rb_desc desc[RB_MAX_BURST];
+    uint8_t *base = NULL;
+    rb_cluster_info info;
+    rb_cluster_get_info(c, &info);
     while (now() < until)
         for (int turn = 0; turn < 64; turn++) {
             int n = rb_alloc(end, desc, burst), sent = 0;
             if (n < 0)
                 return failed("alloc");
             for (int i = 0; i < n; i++) {
-                uint8_t *p = rb_data(c, &desc[i]);
-                rb_desc_set(&desc[i], touch ? touch : 64, rb_desc_offset(&desc[i]), 0);
+                base = base ? base : (uint8_t *)rb_buffer_header(c, &desc[i]) - (uint64_t)desc[i].handle * info.buffer_size; /* one pool */
+                uint8_t *p = base + (uint64_t)desc[i].handle * info.buffer_size + RB_BUFFER_HEADER;
+                rb_desc_set(&desc[i], touch ? touch : 64, RB_BUFFER_HEADER, 0);
                 for (uint32_t at = 0; at < touch; at += 8)
                     memcpy(p + at, &number, 8);
                 number++;

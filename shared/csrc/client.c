@@ -112,6 +112,7 @@ int rb_client_open(struct rb_end *end)
     boot_id(ctl->boot_id);
     memcpy(ctl->name, me.name, sizeof ctl->name);
     rb_set(&ctl->open, (uint32_t)me.pid);
+    end->c->direct_rx += end->kind == RB_LEG_DIRECT;
     ask(end);
     return 0;
 }
@@ -218,7 +219,11 @@ static void leave(struct rb_end *end)
         rb_set(&end->ring.ctl->open, 0);
 }
 
-static void rx_close(struct rb_end *end) { leave(end); }
+static void rx_close(struct rb_end *end)
+{
+    end->c->direct_rx -= end->kind == RB_LEG_DIRECT;
+    leave(end);
+}
 
 const struct rb_end_ops rb_client_rx_ops = {
     .recv = client_recv, .ready = consumer_ready, .count = consumer_count, .close = rx_close,
@@ -229,14 +234,14 @@ const struct rb_end_ops rb_client_rx_ops = {
 /* A direct producer takes back what its peer returned: its own empties, and packets of other queues that go home through them. */
 static void take_back(struct rb_end *end, uint32_t handle)
 {
-    uint32_t at = rb_number(end->c, handle);
-    if (at == UINT32_MAX || end->c->where[at])
-        return;
-    uint16_t from = end->origin ? end->origin[at] : 0;
+    uint32_t at = rb_number(end->c, handle & ~RB_WENT_ON);
+    uint16_t from = at != UINT32_MAX && end->origin ? end->origin[at] : 0;
     if (from) {
         end->origin[at] = 0;
         end->out -= end->out > 0;
     }
+    if (at == UINT32_MAX || end->c->where[at] || handle & RB_WENT_ON)
+        return;
     if (from >= RB_HAND_BORROWED && from != RB_HAND_BORROWED + end->index && end->c->end[from - RB_HAND_BORROWED])
         rb_client_give(end->c->end[from - RB_HAND_BORROWED], handle);
     else if (end->stocked < end->ring.returns)
@@ -259,9 +264,9 @@ static void refill(struct rb_end *end)
     uint32_t top = end->stocked, out = end->out, rc = r->rc;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t handle = *(volatile uint32_t *)&r->returned[(rc + i) & r->rmask], at = rb_number(end->c, handle);
-        if (at == UINT32_MAX || where[at])
+        if (at == UINT32_MAX ? !(handle & RB_WENT_ON) : where[at] != RB_HAND_NONE)
             continue;
-        if (origin && origin[at] != own) { /* of another queue, or never sent by this program */
+        if (at == UINT32_MAX || (origin && origin[at] != own)) { /* of another queue, never sent by this program, or gone to the host */
             end->stocked = top;
             end->out = out;
             take_back(end, handle);
@@ -328,6 +333,15 @@ static int client_alloc(struct rb_end *end, rb_desc *desc, int n)
     return out;
 }
 
+/* A buffer of a direct queue goes to the host: its producer must know that it does not come back this way. */
+static void went_on(struct rb_cluster *c, uint32_t handle, uint32_t hand)
+{
+    struct rb_end *from = hand >= RB_HAND_BORROWED ? c->end[hand - RB_HAND_BORROWED] : NULL;
+    rb_desc note = {.handle = handle | RB_WENT_ON};
+    if (from && from->kind == RB_LEG_DIRECT && (from->flags & RB_RX))
+        rb_ring_give(&from->ring, &note, 1);
+}
+
 static int client_send(struct rb_end *end, rb_desc *desc, int n)
 {
     struct rb_cluster *c = end->c;
@@ -358,11 +372,16 @@ static int client_send(struct rb_end *end, rb_desc *desc, int n)
         where[at] = RB_HAND_NONE;
         bytes += word & 0x7fff;
         rb_ring_put(r, i, handle, word, desc[i].ts);
+        if (__builtin_expect(c->direct_rx, 0) && end->kind == RB_LEG_GRANT)
+            went_on(c, handle, hand);
     }
     if (!i)
         return n ? rb_fail(EINVAL, "bad-descriptor", NULL, "descriptor %u is not in this handle's hand, or does not fit its buffer", desc[0].handle) : 0;
     r->p += i;
     rb_ring_publish(r);
+    for (uint32_t e = 0; c->direct_rx && e < RB_MAX_ENDS; e++)
+        if (c->end[e] && c->end[e]->kind == RB_LEG_DIRECT && (c->end[e]->flags & RB_RX))
+            rb_ring_gave(&c->end[e]->ring);
     end->out += i;
     end->st.packets += i;
     end->st.bytes += bytes;

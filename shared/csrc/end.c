@@ -547,23 +547,64 @@ static inline int may_go_on(struct rb_end *end)
     return 0;
 }
 
-/* A VM was bound to the sending end after this receiving end had been opened, and nobody serves that VM: this handle does, and passes on
- * what comes from it to its own end. */
+static int own_book(struct rb_cluster *c, uint32_t book) { return c->server && c->server->book + 1 == book; }
+
+static int unserved(struct rb_cluster *c, const struct rb_leg *leg)
+{
+    uint32_t book = rb_get(&leg->book);
+    return !book || (!own_book(c, book) && rb_book_dead(c->reg, book - 1));
+}
+
+/* A VM was bound to the sending end after this receiving end had been opened, or whoever served it died, and nobody serves that VM: this
+ * handle does, and passes on what comes from it to its own end. */
 static void feed_myself(struct rb_end *end)
 {
     struct rb_cluster *c = end->c;
     struct rb_leg *t = rb_leg_of(c, 2 * end->queue + RB_LEG_T), *r = rb_leg_of(c, 2 * end->queue + RB_LEG_R);
     struct rb_leg_ctx *l;
-    if (t->kind != RB_LEG_GRANT || rb_get(&t->book) || (rb_get(&r->book) && !(c->server && c->server->book + 1 == rb_get(&r->book))))
+    if (t->kind != RB_LEG_GRANT || !unserved(c, t) || !(own_book(c, rb_get(&r->book)) || unserved(c, r)))
         return;
     if (rb_enter(c->reg) < 0)
         return;
-    if (t->kind == RB_LEG_GRANT && !rb_get(&t->book) && rb_get(&t->place) && serve(c, 2 * end->queue + RB_LEG_T, &l) == 0) {
+    if (t->kind == RB_LEG_GRANT && unserved(c, t) && rb_get(&t->place) && serve(c, 2 * end->queue + RB_LEG_T, &l) == 0) {
         rb_server_sync(c->server);
         if (rb_get(&r->book) == c->server->book + 1)
             rb_set(&r->client_book, c->server->book + 1);
     }
     rb_leave(c->reg);
+}
+
+int rb_answered(rb_end *end)
+{
+    struct rb_cluster *c = end->c;
+    int rc = rb_alive(c);
+    if (rc < 0 || !end->lane || end->echoed || rb_load_acquire(&end->ring.ctl->echo) == end->session)
+        return rc < 0 ? rc : 1;
+    if (!c->reg) {
+        rb_fail(ETIMEDOUT, "no-answer", NULL, "the host process that serves queue %s has not answered", end->address);
+        return rb_cure(ETIMEDOUT, "on the host, see which it is: ringbar status %u", c->id);
+    }
+    struct rb_leg *leg = rb_leg_of(c, end->leg);
+    if (unserved(c, leg) && rb_enter(c->reg) == 0) { /* it died since: another answers for it */
+        answer_for(c, end);
+        rb_leave(c->reg);
+        if (rb_load_acquire(&end->ring.ctl->echo) == end->session)
+            return 1;
+    }
+    uint32_t book = rb_get(&leg->book);
+    int32_t pid = book ? rb_byte_holder(c->reg, RB_LOCK_BOOK + book - 1) : 0;
+    rb_fail(ETIMEDOUT, "no-answer", NULL, "process %d (%s), which serves queue %s, has not answered", pid, book ? c->reg->state->book[book - 1].owner.name : "",
+            end->address);
+    if (pid == (int32_t)getpid())
+        return rb_cure(ETIMEDOUT, "it is this one: receive, send or rb_service with the handle that serves it");
+    return rb_cure(ETIMEDOUT, "wait until it does, or end it: kill %d", pid);
+}
+
+/* A whole timeout went by. A server that is only busy answers much sooner than in a second. */
+static int nothing_came(struct rb_end *end, int timeout_ms)
+{
+    int rc = timeout_ms < 1000 ? 0 : rb_answered(end);
+    return RB_MIN(rc, 0);
 }
 
 int rb_recv(rb_end *end, rb_desc *desc, int n, int timeout_ms)
@@ -585,7 +626,7 @@ int rb_recv(rb_end *end, rb_desc *desc, int n, int timeout_ms)
             until = rb_mono_ns() + (uint64_t)timeout_ms * 1000000u;
         uint64_t now = until ? rb_mono_ns() : 0;
         if (until && now >= until)
-            return 0;
+            return nothing_came(end, timeout_ms);
         rc = rb_wait(end, until ? RB_MIN((int)((until - now) / 1000000u) + 1, 5) : 5);
         if (rc < 0)
             return rc;
@@ -615,7 +656,7 @@ int rb_send(rb_end *end, rb_desc *desc, int n, int timeout_ms)
         if (timeout_ms > 0 && !until)
             until = rb_mono_ns() + (uint64_t)timeout_ms * 1000000u;
         if (until && rb_mono_ns() >= until)
-            return done;
+            return done ? done : nothing_came(end, timeout_ms);
         if (end->c->server)
             rb_server_service(end->c->server);
         rc = rb_wait(end, 1);

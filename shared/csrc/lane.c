@@ -184,7 +184,7 @@ static int open_direct(struct rb_cluster *c, uint32_t queue, struct rb_segment_r
     }
     uint64_t place;
     if ((rc = rb_server_get(c, &s)) < 0 || (rc = rb_server_claim(s, q->credit, "a direct queue")) < 0 ||
-        (rc = rb_place_find(c, (uint32_t)lane, queue, RB_LEG_DIRECT, q->slots, q->credit, 0, &place)) < 0)
+        (rc = rb_place_find(c, (uint32_t)lane, queue, RB_LEG_DIRECT, q->slots, q->credit, &place)) < 0)
         return rc;
     rb_place_free(c, rb_get(&leg->place));
     rb_leg_init(c, 2 * queue + RB_LEG_R, RB_LEG_DIRECT, q->slots, q->credit, place);
@@ -259,7 +259,7 @@ int rb_lane_bind(rb_cluster *c, uint32_t lane, uint32_t queue, uint32_t directio
                 rb_fail(EBUSY, "busy", NULL, "queue %u@%u holds packets of a dead process, and VM %s is served by another", c->id, queue, rec->vm);
             rc = feeder ? rb_cure(EBUSY, "feed all queues of a VM from one program (ringbar pipeline)") : rb_cure(EBUSY, "ringbar count -i %u@%u --seconds 1", c->id, queue);
         } else
-            rc = rb_place_find(c, lane, queue, rx ? RB_LEG_LEND : RB_LEG_GRANT, q->slots, q->credit, 0, &place);
+            rc = rb_place_find(c, lane, queue, rx ? RB_LEG_LEND : RB_LEG_GRANT, q->slots, q->credit, &place);
         if (rc == 0) { /* before the lock is given up for a while below */
             memset(&q->end[rx], 0, sizeof q->end[rx]);
             q->end[rx].lane = lane + 1;

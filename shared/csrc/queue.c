@@ -103,8 +103,7 @@ static uint64_t find_gap(const struct rb_place_record *record, uint64_t size, ui
     return at;
 }
 
-int rb_place_find(struct rb_cluster *c, uint32_t lane_number, uint32_t queue, uint32_t kind, uint32_t slots, uint32_t credit, int producer,
-                  uint64_t *place)
+int rb_place_find(struct rb_cluster *c, uint32_t lane_number, uint32_t queue, uint32_t kind, uint32_t slots, uint32_t credit, uint64_t *place)
 {
     struct rb_lane *lane = rb_lane_get(c, lane_number);
     if (!lane)
@@ -126,7 +125,6 @@ int rb_place_find(struct rb_cluster *c, uint32_t lane_number, uint32_t queue, ui
         e->credit = credit;
         e->forward_at = at;
         e->return_at = at + (uint64_t)slots * sizeof(struct rb_slot);
-        e->producer = (uint32_t)producer;
         rb_set(&e->paused, 0);
         rb_store_release(&e->ready, 2); /* reserved: rb_place_live shows it */
         *place = (uint64_t)lane_number << 32 | (i + 1);
@@ -194,11 +192,11 @@ int rb_host_place(struct rb_cluster *c, uint32_t queue, uint32_t slots, uint32_t
 {
     struct rb_state *s = c->reg->state;
     for (uint32_t i = 0; i < RB_MAX_LANES; i++)
-        if (rb_get(&s->lane[i].state) == RB_SEG_OPEN && !s->lane[i].vm[0] && rb_place_find(c, i, queue, RB_LEG_LEND, slots, credit, 0, place) == 0)
+        if (rb_get(&s->lane[i].state) == RB_SEG_OPEN && !s->lane[i].vm[0] && rb_place_find(c, i, queue, RB_LEG_LEND, slots, credit, place) == 0)
             return 0;
     uint64_t need = RB_LANE_RINGS_AT + ring_bytes(slots, (uint32_t)rb_pow2(credit));
     int lane = rb_lane_new(c, RB_MAX(HOST_LANE_BYTES, need), "", "");
-    return lane < 0 ? lane : rb_place_find(c, (uint32_t)lane, queue, RB_LEG_LEND, slots, credit, 0, place);
+    return lane < 0 ? lane : rb_place_find(c, (uint32_t)lane, queue, RB_LEG_LEND, slots, credit, place);
 }
 
 int rb_place_ring(struct rb_cluster *c, uint64_t place, struct rb_ring *r, struct rb_lane_entry **entry)
@@ -237,9 +235,7 @@ int rb_place_ring(struct rb_cluster *c, uint64_t place, struct rb_ring *r, struc
 void rb_leg_init(struct rb_cluster *c, uint32_t number, uint32_t kind, uint32_t slots, uint32_t credit, uint64_t place)
 {
     struct rb_leg *l = rb_leg_of(c, number);
-    uint64_t session = l->next_session;
     memset(l, 0, sizeof *l);
-    l->next_session = session;
     l->slots = slots;
     l->credit = credit;
     l->returns = (uint32_t)rb_pow2(RB_MAX(credit, 2u));
@@ -304,8 +300,10 @@ int rb_queue_create(rb_cluster *c, int id, const rb_queue_options *options)
     } else if (sum > have) {
         rb_fail(ENOSPC, "pool-too-small", NULL, "the pool of cluster %u has %u buffers, and its queues could lend %llu with this one", c->id, s->buffers,
                 (unsigned long long)sum);
-        rc = rb_cure(ENOSPC, "make the cluster with --buffers %llu, or the queue with --credit %llu or less",
-                     (unsigned long long)rb_pow2(sum + RB_EXTENT), (unsigned long long)(have > promised(s) ? have - promised(s) : 0));
+        rc = rb_cure(ENOSPC, "make the cluster with --buffers %llu", (unsigned long long)rb_pow2(sum + RB_EXTENT));
+        if (have > promised(s))
+            rc = rb_cure(ENOSPC, "make the cluster with --buffers %llu, or the queue with --credit %llu or less",
+                         (unsigned long long)rb_pow2(sum + RB_EXTENT), (unsigned long long)(have - promised(s)));
     } else if ((rc = rb_host_place(c, (uint32_t)id, o.slots, o.credit, &place)) == 0) {
         struct rb_queue *q = &s->queue[id];
         memset(q, 0, sizeof *q);

@@ -173,6 +173,7 @@ struct rb_cluster {
     struct rb_end *end[RB_MAX_ENDS];
     uint32_t waiting; /* ends closed by their user that still wait for buffers lent on: lingering or leaving */
     uint32_t opening; /* leg + 1 whose packets an end that is just being opened will collect */
+    uint32_t direct_rx; /* open receiving ends of direct queues */
     struct rb_server *server;
     struct rb_worker *worker; /* that owns this handle for now */
     int owner;                /* 1: this handle keeps the cluster alive */
@@ -199,8 +200,7 @@ struct rb_leg *rb_leg_of(struct rb_cluster *c, uint32_t leg);
 int rb_queue_check(struct rb_cluster *c, uint32_t queue);
 struct rb_lane *rb_lane_get(struct rb_cluster *c, uint32_t lane); /* mapped, or NULL with the error set */
 int rb_lane_new(struct rb_cluster *c, uint64_t size, const char *vm, const char *identity); /* returns its number */
-int rb_place_find(struct rb_cluster *c, uint32_t lane, uint32_t queue, uint32_t kind, uint32_t slots, uint32_t credit, int producer,
-                  uint64_t *place);
+int rb_place_find(struct rb_cluster *c, uint32_t lane, uint32_t queue, uint32_t kind, uint32_t slots, uint32_t credit, uint64_t *place);
 void rb_place_live(struct rb_cluster *c, uint64_t place); /* from now on the client sees it */
 void rb_place_free(struct rb_cluster *c, uint64_t place);
 int rb_host_place(struct rb_cluster *c, uint32_t queue, uint32_t slots, uint32_t credit, uint64_t *place);
@@ -251,7 +251,7 @@ void rb_observe_reap(struct rb_cluster *c); /* observers whose process died; rec
 void rb_recover_intent(struct rb_server *s);
 void rb_renew(struct rb_server *s, struct rb_leg_ctx *l);
 enum rb_reclaim { RB_RECLAIM_KEEP_UNREAD, RB_RECLAIM_ALL, RB_RECLAIM_QUARANTINE };
-void rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how);
+int rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how); /* 0, or -ENOMEM: nothing was done */
 int rb_leg_carry(struct rb_server *s, struct rb_leg_ctx *l, const struct rb_ring *to, uint32_t *from); /* what is unread goes to other rings */
 void rb_leg_hand_over(struct rb_server *s, struct rb_leg_ctx *l); /* what a VM sent on and nobody has collected is lent on that leg now */
 int rb_borrower_done(struct rb_cluster *c, uint32_t leg); /* 0: the leg's earlier borrower has nothing lent on; or -EBUSY */

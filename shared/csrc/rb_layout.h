@@ -66,10 +66,12 @@ struct rb_lane_entry {
     uint32_t credit;   /* [lock] */
     uint64_t forward_at, return_at; /* [lock] offsets in the lane */
     rb_a32 paused;     /* [lock] */
-    uint32_t producer; /* [lock] DIRECT: 1 in the producer's copy of the entry */
-    uint32_t reserved[4];
+    uint32_t reserved[5];
 };
 static_assert(sizeof(struct rb_lane_entry) == 64, "lane entry");
+
+/* In the return ring of a DIRECT queue, with a handle: its consumer sent it on to the host, from where it will not come back this way. */
+#define RB_WENT_ON 0x80000000u
 
 struct rb_slot {
     uint32_t handle, word;
@@ -104,12 +106,9 @@ struct rb_lane {
     struct rb_header header;
     uint32_t abi_min, abi_max;   /* [const] what the host speaks */
     char vm[128];                /* [const] "" = the host's own */
-    uint64_t clock_offset;       /* reserved for the host's clock */
-    uint8_t pad0[1024 - 256 - 144];
-    rb_a64 closing_ack[16];      /* [client] one word a guest program: its session once it unmapped */
-    uint8_t pad1[4096 - 1024 - 128];
+    uint8_t pad0[4096 - 256 - 136];
     struct rb_lane_entry entry[RB_LANE_QUEUES]; /* at 4096 */
-    uint8_t pad2[8192];
+    uint8_t pad1[8192];
     struct rb_ctl ctl[RB_LANE_QUEUES];          /* at 16384 */
     /* rings follow at 81920 */
 };
@@ -146,8 +145,7 @@ struct rb_leg {
     rb_a32 client_book; /* number + 1 of the host client's book; 0 = a plain client */
     rb_a32 release;     /* 1: the book takes home all that is lent on it (its VM let go); 2: and quarantines it */
     rb_a32 paused;
-    uint64_t next_session;
-    uint8_t pad0[72];
+    uint8_t pad0[80];
     /* [book] */
     rb_a32 committed[4]; /* RB_IX_*: those of the server's two indices; the others unused */
     rb_a64 echoed;

@@ -241,7 +241,7 @@ static int reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim ho
     return 0;
 }
 
-void rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how) { reclaim(s, l, how, NULL, NULL); }
+int rb_leg_reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how) { return reclaim(s, l, how, NULL, NULL); }
 
 /* The same, and what is unread goes to the forward ring of `to`, from the index written to `unread_from`. 0, or -errno: nothing was done. */
 int rb_leg_carry(struct rb_server *s, struct rb_leg_ctx *l, const struct rb_ring *to, uint32_t *unread_from)
@@ -264,13 +264,15 @@ void rb_renew(struct rb_server *s, struct rb_leg_ctx *l)
             memcpy(was, o->rec->boot_id, sizeof was);
             static const uint8_t none[16];
             if (o != l && o->place >> 32 == l->place >> 32 && memcmp(was, none, 16) != 0 && memcmp(was, boot, 16) != 0) {
+                if (rb_leg_reclaim(s, o, RB_RECLAIM_KEEP_UNREAD) < 0)
+                    return; /* no echo without it: the next look tries again */
                 memcpy(o->rec->boot_id, boot, sizeof boot);
-                rb_leg_reclaim(s, o, RB_RECLAIM_KEEP_UNREAD);
             }
         }
         memcpy(l->rec->boot_id, boot, sizeof boot);
     }
-    rb_leg_reclaim(s, l, RB_RECLAIM_KEEP_UNREAD);
+    if (rb_leg_reclaim(s, l, RB_RECLAIM_KEEP_UNREAD) < 0)
+        return;
     /* A VM can have overwritten the server's indices as well. */
     rb_store_release(l->kind == RB_LEG_LEND ? &l->ring.ctl->p : &l->ring.ctl->c, l->kind == RB_LEG_LEND ? l->ring.p : l->ring.c);
     rb_store_release(l->kind == RB_LEG_LEND ? &l->ring.ctl->rc : &l->ring.ctl->rp, l->kind == RB_LEG_LEND ? l->ring.rc : l->ring.rp);

@@ -411,8 +411,11 @@ static void destroy_locked(struct rb_registry *reg)
         struct rb_mapping m = {0};
         if (rb_get(&r->state) == RB_SEG_FREE)
             continue;
-        if (rb_segment_open(r->path, reg->id, i < RB_MAX_POOLS ? RB_KIND_POOL : RB_KIND_LANE, reg->generation, 1, &m, NULL) < 0)
-            continue; /* a sealed one that went with its last holder */
+        if (strncmp(r->path, "/proc/", 6) == 0) { /* sealed: it went with its last holder, and that path may be another file's by now */
+            if (rb_segment_open(r->path, reg->id, i < RB_MAX_POOLS ? RB_KIND_POOL : RB_KIND_LANE, reg->generation, 1, &m, NULL) < 0)
+                continue;
+        } else if (rb_segment_map(r, &m) < 0) /* whatever its header says: a VM may have written there */
+            continue;
         struct rb_header *h = m.base;
         rb_set(&h->state, RB_SEG_GONE);
         rb_store_release(&h->generation, 0);

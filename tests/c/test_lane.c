@@ -377,6 +377,40 @@ static void two_vms_on_a_direct_queue(void)
     finish();
 }
 
+/* host -> a -> direct -> b -> host: none of the buffers comes back over the direct lane, and still it goes on for ever. */
+static void a_chain_through_a_direct_lane_goes_on(void)
+{
+    begin(3);
+    rb_queue_options o = {.struct_size = sizeof o, .slots = 64, .direct = 1};
+    CHECK(rb_queue_create(host, 3, &o) == 3);
+    rb_end *tx = open_end(host, 0, RB_TX), *rx;
+    int a = add_vm("a", 0, 3), b = add_vm("b", 3, 1);
+    rx = open_end(host, 1, RB_RX);
+    rb_cluster *ga = attach_guest(host, a, 1), *gb = attach_guest(host, b, 1);
+    rb_end *a_in = open_end(ga, 0, RB_RX), *b_in = open_end(gb, 3, RB_RX);
+    rb_end *a_out = open_end(ga, 3, RB_TX), *b_out = open_end(gb, 1, RB_TX);
+    uint64_t n = 0;
+    rb_desc d[16];
+    OK(rb_service(host));
+    OK(rb_service(ga));
+    for (int round = 0; round < 500; round++) {
+        uint64_t from = n;
+        CHECK(send_packets(tx, 16, &n) == 16);
+        CHECK(rb_recv(a_in, d, 16, 0) == 16);
+        CHECK(rb_send(a_out, d, 16, 0) == 16);
+        CHECK(rb_recv(b_in, d, 16, 0) == 16);
+        CHECK(rb_send(b_out, d, 16, 0) == 16);
+        expect(rx, from, 16);
+    }
+    rb_cluster_close(gb);
+    rb_cluster_close(ga);
+    OK(rb_lane_remove(host, (uint32_t)a, 0));
+    OK(rb_lane_remove(host, (uint32_t)b, 0));
+    rb_close(rx);
+    rb_close(tx);
+    finish();
+}
+
 int main(void)
 {
     private_directories();
@@ -391,5 +425,6 @@ int main(void)
     RUN(forced_off_it_keeps_what_it_held_in_quarantine);
     RUN(a_killed_server_has_a_successor);
     RUN(two_vms_on_a_direct_queue);
+    RUN(a_chain_through_a_direct_lane_goes_on);
     return 0;
 }
