@@ -20,7 +20,7 @@ bench: ## the figures of docs/performance.md, in build/bench/
 	@scripts/setup bench
 	@scripts/bench
 
-lint: ## ruff, mypy, compiler warnings as errors, licence lines
+lint: ## ruff, mypy, compiler warnings of gcc and clang as errors, licence lines
 	@scripts/setup lint
 	@scripts/lint
 

@@ -198,10 +198,20 @@ class Attach:
         Detach(record, None, self.deadline, self.deadline - time.monotonic(), False, self.progress).unplug(
             again, self.machine
         )
+        undo.callback(self._put_back, kept, record.pool)
+        self.use_last_slot = True  # the slot that it had
         self.ends = kept + [end for end in self.ends if end not in kept]
         if self.pool is None and any(d == native.TX for _, d in self.ends):
             result.notes.append(f"plugging cluster {self.cluster} in anew")
         return None
+
+    def _put_back(self, ends: list[tuple[int, int]], pool: str) -> None:
+        """What was unplugged to be plugged anew could not be: as it was before."""
+        deadline = max(self.deadline, time.monotonic() + 30)
+        before = Attach(self.vm, self.machine, self.cluster, ends, pool, True, False, deadline, self.progress)
+        with contextlib.ExitStack() as undo:
+            before.run(undo, model.Attached(changed=False))
+            undo.pop_all()
 
     def _bind(self, handle: native.Handle, lane: int, undo: contextlib.ExitStack) -> bool:
         changed = False

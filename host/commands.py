@@ -237,7 +237,10 @@ def _cluster_destroy(options: argparse.Namespace, out: Output) -> int:
     with out.progress() as progress:
         done = service().destroy_cluster(options.id, force=options.force, progress=progress)
     out.document(_document(done))
-    out.say(f"cluster {options.id} destroyed" if done.changed else "unchanged")
+    if not done.changed:
+        out.say(f"unchanged: there is no cluster {options.id}")
+        return DONE
+    out.say(f"cluster {options.id} destroyed")
     _tell(done, out)
     return DONE
 
@@ -351,7 +354,8 @@ def _configure_attach(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pool",
         choices=("ro", "rw", "own"),
-        help="the packet buffers in the VM: read-only, writable (with --tx), or a transmit pool of its own",
+        help="the packet buffers in the VM: read-only (default), or writable (default with --tx); "
+        "own, a transmit pool of its own, is not there yet",
     )
     parser.add_argument(
         "--ready", action="store_true", help="wait until a program in the VM has opened the queues"

@@ -27,6 +27,7 @@ from ringbar.errors import Error
 from ringbar.flow import Flow
 from ringbar.host.guests import BRIDGE, bridging, package
 from ringbar.host.service import Host
+from ringbar.qemu import image
 from ringbar.qemu.launch import pair
 
 CLUSTER, FAR = 99, 98
@@ -43,12 +44,16 @@ def say(text: str) -> None:
 
 
 def enter_namespace() -> None:
-    """Start this program again in a network name space of its own, once."""
+    """Start this program again in a network name space of its own, once.
+
+    The guests' image is made before that: its packages come over the network that is left behind.
+    """
     if os.environ.get("RINGBAR_DEMO_NAMESPACE") == "own":
         return
     unshare = shutil.which("unshare")
     if unshare is None:
         raise Error("unshare is not installed", code="missing-tool", cure="apt-get install util-linux")
+    image.ensure()
     os.environ["RINGBAR_DEMO_NAMESPACE"] = "own"
     os.execv(unshare, [unshare, "--net", sys.executable, *sys.orig_argv[1:]])
 

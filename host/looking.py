@@ -54,12 +54,16 @@ def _status(options: argparse.Namespace, out: Output) -> int:
         out.say(note)
     if not now.clusters:
         out.say("no clusters; ringbar cluster create 99 --queues 1 makes one")
+        out.say("(to give a VM one of its host's: on the host, ringbar attach VM 99@0)")
     blocks = []
     if now.clusters:
         blocks.append(_status_clusters(now))
+    guest = any(c.cluster.guest for c in now.clusters)
     queues = [q for c in now.clusters for q in c.queues]
     if queues:
-        blocks.append(_status_queues(queues))
+        blocks.append(_status_queues(queues, guest))
+    if guest:
+        blocks.append("who is at the ends, and what they hold, is known to the host: ringbar status there")
     if now.vms:
         blocks.append(_status_vms(now.vms))
     if options.target is not None:
@@ -74,18 +78,29 @@ def _status_clusters(now: model.Status) -> str:
         c = status.cluster
         lent = sum(b.lent for b in status.books)
         rows.append(
-            (c.id, c.label or "-", c.lives, f"{c.buffers:,}", f"{lent:,}", c.buffer_size, c.pages, c.queues)
+            (
+                c.id,
+                c.label or "-",
+                c.lives,
+                f"{c.buffers:,}",
+                "-" if c.guest else f"{lent:,}",
+                c.buffer_size,
+                c.pages or "-",
+                c.queues,
+            )
         )
     return table(("CLUSTER", "LABEL", "LIVES", "BUFFERS", "LENT", "SIZE", "PAGES", "QUEUES"), rows)
 
 
-def _status_queues(queues: list[model.Queue]) -> str:
+def _status_queues(queues: list[model.Queue], guest: bool) -> str:
+    """The table of queues; a guest cannot see who is at their ends."""
     rows = []
     for q in queues:
+        unseen = guest and not q.packets  # a guest's programs count what they send
         drops = " ".join(f"{reason} {n:,}" for reason, n in q.drops.items() if n) or "0"
-        flags = [
-            word for word, on in (("paused", q.paused), ("direct", q.direct), ("stalled", q.stalled)) if on
-        ]
+        flags = [word for word, on in (("paused", q.paused), ("direct", q.direct)) if on]
+        if q.stalled:
+            flags.append(f"waits for process {q.server_pid}" if q.server_pid else "waits for a server")
         if q.quarantined:
             flags.append(f"{q.quarantined} quarantined")
         if q.foreign:
@@ -93,12 +108,12 @@ def _status_queues(queues: list[model.Queue]) -> str:
         rows.append(
             (
                 q.address,
-                f"{q.producer or 'nobody'} → {q.consumer or 'nobody'}",
-                f"{q.packets:,}",
-                "-" if q.pps is None else short(q.pps),
+                "-" if guest else f"{q.producer or 'nobody'} → {q.consumer or 'nobody'}",
+                "-" if unseen else f"{max(q.packets, q.received_packets):,}",
+                "-" if q.pps is None or unseen else short(q.pps),
                 f"{q.waiting:,}",
-                f"{q.lent:,}/{q.credit:,}",
-                f"{q.held:,}",
+                "-" if guest else f"{q.lent:,}/{q.credit:,}",
+                "-" if guest else f"{q.held:,}",
                 drops,
                 ", ".join(flags),
             )

@@ -62,6 +62,8 @@ class Queue:
     received_bytes: int
     stalled: bool
     """The consumer waits until its lender looks at the queue."""
+    server_pid: int = 0
+    """The lender: the process that serves it. 0: none, or it is dead, or (in a guest) not to be seen."""
     pps: float | None = None
     """Packets per second, where it was sampled."""
 

@@ -189,6 +189,7 @@ class Handle:
             received_packets=int(q.rx_packets),
             received_bytes=int(q.rx_bytes),
             stalled=bool(q.waiting),
+            server_pid=int(q.server_pid),
         )
 
     def create_queue(self, number: int | None, slots: int, credit: int, direct: bool) -> int:

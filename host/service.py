@@ -63,11 +63,12 @@ class Host:
         :raises Busy: when another cluster has the number.
         """
         need = queues * ((slots or USUAL_SLOTS) + 2 * BURST)
-        if buffers is not None and buffers <= need:
+        least = need + 3 * BURST  # two bursts in its server's hand, and an extent that begins with the pool's header
+        if queues and buffers is not None and buffers < least:
             raise Error(
                 f"{queues} queues of {slots or USUAL_SLOTS} slots may lend {need} buffers, and {buffers} are asked for",
                 code="pool-too-small",
-                cure=f"--buffers {1 << need.bit_length()}, or --buffers auto",
+                cure=f"--buffers {1 << (least - 1).bit_length()}, or --buffers auto",
             )
         progress(f"making cluster {cluster}: allocating memory")
         try:
@@ -437,9 +438,10 @@ class Host:
                 shown = self._cluster_status(handle, queue)
                 took = time.monotonic() - began
                 if sample > 0:
-                    seen = {q.id: q.packets for q in earlier}
+                    seen = {q.id: q for q in earlier}
                     for q in shown.queues:
-                        q.pps = (q.packets - seen.get(q.id, q.packets)) / took
+                        was = seen.get(q.id, q)  # what a VM sends to a program here is received, and lent to nobody
+                        q.pps = max(q.packets - was.packets, q.received_packets - was.received_packets) / took
                 result.clusters.append(shown)
         result.vms = [
             describe(r)
@@ -447,7 +449,7 @@ class Host:
             if (cluster is None or r.cluster == cluster) and (vm is None or r.vm == vm)
         ]
         if queue is not None:
-            result.vms = [a for a in result.vms if any(b.queue == target for b in a.bindings)]
+            result.vms = [a for a in result.vms if any(b.queue == f"{cluster}@{queue}" for b in a.bindings)]
         if vm is not None and not result.vms:
             raise NotFound(f"nothing is attached to {vm}", code="not-attached", cure=f"ringbar attach {vm} QUEUE")
         return result

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Generator
@@ -119,6 +120,8 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     os.environ["RINGBAR_TEST_RUN"] = str(os.getpid())
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so begins what a shell starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     lock = os.open(Path(tempfile.gettempdir(), "ringbar-tests.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     fcntl.flock(lock, fcntl.LOCK_SH)
     session.config.stash[LOCK] = lock

@@ -162,7 +162,7 @@ def print_table(
         name = str(row["name"])
         name = name if len(name) <= 33 else name[:30] + "..."
         each = f"{1e3 / mpps:.2f}" if mpps > 0 else "-"
-        print(f"{name:<34}{mpps:>10.2f}{each:>9}{spread:>18}{against:>9}", file=stream)
+        print(f"{name:<34}{mpps:>10.2f}{each:>9}{spread:>18}{against:>9}".rstrip(), file=stream)
         floor = row.get("floor")
         if floor is not None and compared is not None:
             verdict = "reached" if float(compared) >= float(floor) else "NOT reached"

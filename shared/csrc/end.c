@@ -555,6 +555,26 @@ static int unserved(struct rb_cluster *c, const struct rb_leg *leg)
     return !book || (!own_book(c, book) && rb_book_dead(c->reg, book - 1));
 }
 
+/* Whether a server lives the kernel tells, which takes its time: not at every look. */
+static int time_to_look(struct rb_end *end)
+{
+    uint64_t now = rb_mono_ns();
+    if (now - end->looked < 10000000u)
+        return 0;
+    end->looked = now;
+    return 1;
+}
+
+/* Our session was not answered, and whoever should have is dead: another answers for it. */
+static void answer_for_the_dead(struct rb_end *end)
+{
+    struct rb_cluster *c = end->c;
+    if (!unserved(c, rb_leg_of(c, end->leg)) || rb_enter(c->reg) < 0)
+        return;
+    answer_for(c, end);
+    rb_leave(c->reg);
+}
+
 /* A VM was bound to the sending end after this receiving end had been opened, or whoever served it died, and nobody serves that VM: this
  * handle does, and passes on what comes from it to its own end. */
 static void feed_myself(struct rb_end *end)
@@ -562,7 +582,11 @@ static void feed_myself(struct rb_end *end)
     struct rb_cluster *c = end->c;
     struct rb_leg *t = rb_leg_of(c, 2 * end->queue + RB_LEG_T), *r = rb_leg_of(c, 2 * end->queue + RB_LEG_R);
     struct rb_leg_ctx *l;
-    if (t->kind != RB_LEG_GRANT || !unserved(c, t) || !(own_book(c, rb_get(&r->book)) || unserved(c, r)))
+    if (t->kind != RB_LEG_GRANT || own_book(c, rb_get(&t->book)))
+        return;
+    if (rb_get(&t->book) && !time_to_look(end))
+        return;
+    if (!unserved(c, t) || !(own_book(c, rb_get(&r->book)) || unserved(c, r)))
         return;
     if (rb_enter(c->reg) < 0)
         return;
@@ -578,19 +602,16 @@ int rb_answered(rb_end *end)
 {
     struct rb_cluster *c = end->c;
     int rc = rb_alive(c);
-    if (rc < 0 || !end->lane || end->echoed || rb_load_acquire(&end->ring.ctl->echo) == end->session)
+    if (rc < 0 || !end->lane || end->kind == RB_LEG_DIRECT || end->echoed || rb_load_acquire(&end->ring.ctl->echo) == end->session)
         return rc < 0 ? rc : 1;
     if (!c->reg) {
-        rb_fail(ETIMEDOUT, "no-answer", NULL, "the host process that serves queue %s has not answered", end->address);
-        return rb_cure(ETIMEDOUT, "on the host, see which it is: ringbar status %u", c->id);
+        rb_fail(ETIMEDOUT, "no-answer", NULL, "no process on the host that serves queue %s has answered", end->address);
+        return rb_cure(ETIMEDOUT, "on the host, see whether there is one, or open the other end: ringbar status %u", c->id);
     }
     struct rb_leg *leg = rb_leg_of(c, end->leg);
-    if (unserved(c, leg) && rb_enter(c->reg) == 0) { /* it died since: another answers for it */
-        answer_for(c, end);
-        rb_leave(c->reg);
-        if (rb_load_acquire(&end->ring.ctl->echo) == end->session)
-            return 1;
-    }
+    answer_for_the_dead(end);
+    if (rb_load_acquire(&end->ring.ctl->echo) == end->session)
+        return 1;
     uint32_t book = rb_get(&leg->book);
     int32_t pid = book ? rb_byte_holder(c->reg, RB_LOCK_BOOK + book - 1) : 0;
     rb_fail(ETIMEDOUT, "no-answer", NULL, "process %d (%s), which serves queue %s, has not answered", pid, book ? c->reg->state->book[book - 1].owner.name : "",
@@ -600,10 +621,10 @@ int rb_answered(rb_end *end)
     return rb_cure(ETIMEDOUT, "wait until it does, or end it: kill %d", pid);
 }
 
-/* A whole timeout went by. A server that is only busy answers much sooner than in a second. */
+/* A whole timeout went by. A server that is only busy answers much sooner. */
 static int nothing_came(struct rb_end *end, int timeout_ms)
 {
-    int rc = timeout_ms < 1000 ? 0 : rb_answered(end);
+    int rc = timeout_ms < (end->c->reg ? 1000 : 5000) ? 0 : rb_answered(end);
     return RB_MIN(rc, 0);
 }
 
@@ -616,8 +637,11 @@ int rb_recv(rb_end *end, rb_desc *desc, int n, int timeout_ms)
         int rc = may_go_on(end);
         if (rc < 0 || n <= 0 || (rc = end->ops->recv(end, desc, n)) != 0)
             return rc;
-        if (end->lane && end->c->reg)
+        if (end->lane && end->c->reg) {
+            if (!end->echoed && time_to_look(end))
+                answer_for_the_dead(end);
             feed_myself(end);
+        }
         if (end->c->server)
             rb_server_service(end->c->server);
         if (!timeout_ms)

@@ -83,7 +83,8 @@ int rb_queue_observe(rb_cluster *c, uint32_t queue, int observer)
         rc = rb_fail(EINVAL, "bad-option", NULL, "queue %u@%u cannot observe itself or an observer", c->id, queue);
     else if (rc == 0 && observer >= 0 && q->observer) {
         rb_fail(EBUSY, "busy", NULL, "queue %u@%u is observed already, by queue %u@%u", c->id, queue, c->id, q->observer - 1);
-        rc = rb_cure(EBUSY, "end that capture");
+        int32_t pid = rb_byte_holder(c->reg, RB_LOCK_END + 2 * (q->observer - 1) + 1);
+        rc = pid ? rb_cure(EBUSY, "end that capture: kill %d", pid) : rb_cure(EBUSY, "ringbar status; then try again");
     }
     if (rc == 0) {
         if (q->observer)

@@ -21,7 +21,7 @@ int rb_queue_check(struct rb_cluster *c, uint32_t queue)
 {
     if (queue < RB_MAX_QUEUES && c->reg->state->queue[queue].used)
         return 0;
-    rb_fail(ENOENT, "no-such-queue", NULL, "cluster %u has no queue %u", c->id, queue);
+    rb_fail(ENOENT, "no-such-queue", NULL, "there is no queue %u@%u", c->id, queue);
     return rb_cure(ENOENT, "ringbar queue create %u", c->id);
 }
 
@@ -473,6 +473,8 @@ static void leg_info(struct rb_cluster *c, uint32_t number, rb_queue_info *info)
     info->copied += rb_get(&l->copied);
     info->foreign += rb_get(&l->foreign);
     uint32_t book = rb_get(&l->book);
+    if (book && !info->server_pid)
+        info->server_pid = rb_byte_holder(c->reg, RB_LOCK_BOOK + book - 1);
     const rb_a64 *ledger = book ? c->reg->ledgers + (uint64_t)(book - 1) * c->reg->state->capacity : NULL;
     for (uint32_t i = 0; ledger && rb_get(&l->release) == 2 && i < c->buffers; i++)
         info->quarantined += RB_WORD_KIND(rb_get(&ledger[i])) == RB_W_QUARANTINED && RB_WORD_LEG(rb_get(&ledger[i])) == number;

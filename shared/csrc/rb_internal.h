@@ -144,6 +144,7 @@ struct rb_end {
     uint32_t out;             /* direct producers: sent and not come back; at most what the return ring holds */
     uint16_t *origin;         /* direct producers: where a buffer on its way came from */
     void *device;
+    uint64_t looked;          /* monotonic: when it last asked whether its server lives */
     rb_a32 broken;
     int timer;
     rb_stats st;

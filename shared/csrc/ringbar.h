@@ -198,6 +198,7 @@ typedef struct rb_queue_info {
     int32_t producer_pid, consumer_pid; /* 0 = none */
     uint64_t producer_since, consumer_since; /* ns since the epoch */
     uint32_t waiting; /* 1: the consumer waits for the lender's echo */
+    int32_t server_pid; /* the lender: the process that serves it; 0 = none, or it is dead */
     char producer_vm[128], consumer_vm[128]; /* "" = none */
     char producer_name[32], consumer_name[32]; /* program names */
 } rb_queue_info;
@@ -231,8 +232,8 @@ RB_API int rb_open(rb_end **out, rb_cluster *cluster, const char *address, uint3
 RB_API void rb_close(rb_end *end);
 
 /* Up to n packets into desc. timeout_ms: 0 = do not wait, -1 = without end. Returns how many; 0 = none in time;
- * -EINTR: rb_break was called; -ENODEV: detached or destroyed; -ENODATA: the end of a finite source; -ETIMEDOUT: a timeout of a second or
- * more went by and rb_answered still says no. */
+ * -EINTR: rb_break was called; -ENODEV: detached or destroyed; -ENODATA: the end of a finite source; -ETIMEDOUT: a timeout of 1 s or
+ * more (in a guest 5 s) went by, and rb_answered still says no. */
 RB_API int rb_recv(rb_end *end, rb_desc *desc, int n, int timeout_ms);
 /* Pass on packets received from any end of this handle, or from rb_alloc. Returns how many moved: the first k; the rest stay the
  * caller's. timeout_ms as above: wait until all are moved. -EINVAL: desc[0] is not in this handle's hand, or its
@@ -252,8 +253,8 @@ RB_API int rb_writable(rb_cluster *cluster);
 /* Wait until `end` may have packets (or room, for a sending end). 1 yes, 0 timeout, -EINTR after rb_break, -ENODEV. May run in another
  * thread than the rest of the handle. Spins shortly, then sleeps in growing steps of at most 1 ms. */
 RB_API int rb_wait(rb_end *end, int timeout_ms);
-/* Nothing moves on a borrowed end before whoever lends there has seen that it was opened. 1: it has (and always so on other ends);
- * -ETIMEDOUT: not yet, and the error names the process that is waited for. */
+/* Nothing moves on a borrowed end before the process that lends there has seen that it was opened. 1: it has, and always so on served ends,
+ * direct queues and devices; -ETIMEDOUT: not yet, and the error names the process that is waited for. */
 RB_API int rb_answered(rb_end *end);
 /* Make a waiting rb_recv, rb_send or rb_wait return -EINTR, now or next time. Any thread, also a signal handler. */
 RB_API void rb_break(rb_end *end);

@@ -53,8 +53,9 @@ class Queue:
 
         :returns: ``slots``, ``credit``, ``producer`` and ``consumer`` (None, or ``pid``, ``name``, ``vm``,
             ``since_ns``), ``path`` (both as a person reads them; None in a VM, which sees of all this only
-            its own lane), ``waiting`` (packets unread), ``lent``, ``held`` (of these in the consumer's hand),
-            ``granted``, ``quarantined`` (buffers), ``drops`` by reason, and counters.
+            its own lane), ``server_pid`` (who lends on it; 0: nobody alive), ``stalled`` (the consumer waits for
+            that process to notice it), ``waiting`` (packets unread), ``lent``, ``held`` (of these in the
+            consumer's hand), ``granted``, ``quarantined`` (buffers), ``drops`` by reason, and counters.
         :raises NotFound: it was destroyed.
         """
         raw = ffi.new("rb_queue_info *")
@@ -75,6 +76,7 @@ class Queue:
             "direct": bool(found["direct"]),
             "paused": bool(found["paused"]),
             "stalled": bool(found["waiting"]),
+            "server_pid": found["server_pid"],
             "waiting": found["count"],
             **{name: found[name] for name in ("lent", "held", "granted", "quarantined")},
             **{name: found[name] for name in ("packets", "bytes", "copied", "foreign", "drops")},

@@ -296,6 +296,9 @@ static void forced_off_it_keeps_what_it_held_in_quarantine(void)
     OK(rb_service(host));
     struct census c = check_conservation(host);
     CHECK(c.quarantined >= 16);
+    rb_queue_info q; /* and `status` shows it, and the VM, which is still at its ends */
+    OK(rb_queue_get_info(host, 0, &q));
+    CHECK(q.quarantined == 16 && strcmp(q.consumer_vm, "a") == 0);
     uint64_t before = n;
     CHECK(send_packets(tx, 8, &n) == 0 && n == before); /* refused, not lost */
     rb_cluster_close(g);

@@ -200,7 +200,7 @@ def test_bench_ring_reports_every_level(rb: Shell, ends: str) -> None:
     document = rb.json(*words.split())
     assert set(document) >= FIELDS
     assert (document["burst"], document["touch"], len(document["runs"])) == (32, 0, 2)
-    assert set(document["levels"]) == ({"bare"} if ends == "threads" else {"bare", "ledger", "intent"})
+    assert set(document["levels"]) == ({"bare"} if ends == "threads" else {"bare", "ledger", "intent", "library"})
     assert all(level["mpps"] > 0 for level in document["levels"].values())
     assert document["checks_failed"] == 0
     assert rb.json(*document["command"].split()[1:-1])["burst"] == 32  # the command it names measures the same

@@ -55,6 +55,6 @@ def test_a_queue_is_observed_once_and_exists() -> None:
         zc.create_queue(slots=64)
         with watch.observe(0, slots=8), pytest.raises(Busy, match="observed already"), watch.observe(0, slots=8):
             pass
-        with pytest.raises(Error, match="no queue 7"), watch.observe(7, slots=8):
+        with pytest.raises(Error, match="no queue 33@7"), watch.observe(7, slots=8):
             pass
         assert [q.id for q in zc.queues] == [0]

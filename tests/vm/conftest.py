@@ -15,6 +15,7 @@ import pytest
 import testinfra
 from testinfra.host import Host
 
+from ringbar.qemu import image as images
 from ringbar.qemu.launch import QEMU, Guest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -30,6 +31,13 @@ def package_share() -> dict[str, str]:
         (path, *_) = importlib.import_module(name).__path__
         share[f"/opt/ringbar/{name.replace('.', '/')}"] = path
     return share
+
+
+@pytest.fixture(scope="session", autouse=True)
+def image() -> None:
+    """The guests' image is made before any test begins to count its seconds."""
+    if os.geteuid() == 0 and shutil.which(QEMU) is not None:
+        images.ensure()
 
 
 @pytest.fixture(scope="session")

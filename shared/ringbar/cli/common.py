@@ -46,10 +46,7 @@ class Unfinished(Error):
 
 
 def exit_status(error: BaseException) -> int:
-    """The exit status that tells of ``error``.
-
-    An error of the service layer may say its own in an attribute ``exit_status``.
-    """
+    """The exit status that tells of ``error``."""
     if isinstance(error, (Usage, BadAddress)):
         return USAGE
     if isinstance(error, (Unfinished, TimeoutError)) or getattr(error, "code", "") == "not-finished":
@@ -168,7 +165,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_connect(parser: argparse.ArgumentParser) -> None:
     """``-C URI``."""
-    parser.add_argument("-C", "--connect", metavar="URI", help="libvirt to ask for VMs by name, such as qemu:///system")
+    parser.add_argument(
+        "-C", "--connect", metavar="URI", help="libvirt to ask for VMs by name: not there yet, name VMs by qmp:SOCKET"
+    )
 
 
 # ---- output ---------------------------------------------------------------------------------------------

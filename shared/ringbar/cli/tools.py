@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import random
 import re
 import sys
 import time
@@ -193,7 +194,11 @@ def _configure_send(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flows", type=positive, default=1, metavar="N", help="UDP source ports (default 1)")
     parser.add_argument("--window", type=positive, metavar="N", help="with -i: most packets on their way at once")
     parser.add_argument(
-        "--stream", type=count, default=0, metavar="N", help="tells this sender from others (default 0)"
+        "--stream",
+        type=count,
+        metavar="N",
+        help="tells this sender from others (default 0; with -i a random one, so that what an earlier one left on the "
+        "way is not taken for this one's)",
     )
     _common(parser, _send, worker=True)
 
@@ -217,19 +222,22 @@ def _verify(options: argparse.Namespace, out: Output, job: running.Job, tx: Any,
     """Run a flow until it ends; the summary. Exit status 1 when something was lost or damaged."""
     from ringbar.flow import Flow
 
+    stream = options.stream
+    if stream is None:
+        stream = 0 if rx is None else random.getrandbits(32)
     flow = Flow(
         tx,
         rx,
         size=getattr(options, "size", 0) or LEAST_SIZE,
         flows=getattr(options, "flows", 1),
-        stream=options.stream,
+        stream=stream,
         packets=options.packets,
         pps=getattr(options, "rate", None),
         window=getattr(options, "window", None),
         core=getattr(options, "core", None),
         idle=getattr(options, "idle", "adaptive"),
     )
-    stats = _watch(flow, out, options.seconds, options.packets if tx is not None and rx is not None else None)
+    stats = _watch(flow, out, options.seconds, options.packets if tx and rx else None, rx is not None)
     took = stats["seconds"]
     document: dict[str, Any] = {}
     faults = 0
@@ -240,6 +248,9 @@ def _verify(options: argparse.Namespace, out: Output, job: running.Job, tx: Any,
             f"sent {plural(stats['sent'], 'packet')} in {took:.2f} s: "
             f"{_rates(stats['sent'], stats['sent_bytes'], took)}"
         )
+        if stats["refused"] and rx is None:
+            times = plural(stats["refused"], "time")
+            out.say(f"{tx.address} had no room {times}: its receiver is slower, or not there")
     if rx is not None:
         document["received"] = {
             "device": rx.address,
@@ -268,10 +279,11 @@ def _verify(options: argparse.Namespace, out: Output, job: running.Job, tx: Any,
     return FAILED if faults else DONE
 
 
-def _watch(flow: Flow, out: Output, limit: float | None, least: int | None) -> dict[str, Any]:
+def _watch(flow: Flow, out: Output, limit: float | None, least: int | None, receives: bool) -> dict[str, Any]:
     """Run ``flow`` with a live line until it ends, ``limit`` seconds have gone, or Ctrl-C.
 
     :param least: on a loop, so many are sent; when they are and no more come back for a while, it is over too.
+    :param receives: packets are expected; the live line is about those.
     """
     period = running.period(out)
     stalled = False
@@ -289,11 +301,13 @@ def _watch(flow: Flow, out: Output, limit: float | None, least: int | None) -> d
                 stalled = True  # all was sent, and the rest does not come back
                 break
             if now - shown >= period:
-                which = "received" if stats["received"] or not stats["sent"] else "sent"
+                which = "received" if receives else "sent"
                 line = _rates(stats[which] - last[which], stats[which + "_bytes"] - last[which + "_bytes"], now - shown)
                 text = f"{which} {line}"
                 if which == "received":
                     text += f"; lost {stats['lost']:,}, corrupted {stats['corrupted']:,}"
+                elif stats["refused"] > last["refused"]:
+                    text += "; waiting for room"
                 out.live.show(f"{text}; {stats[which]:,} packets")
                 last, shown = stats, now
         flow.stop()
@@ -425,7 +439,8 @@ def _capture(options: argparse.Namespace, out: Output) -> int:
         if options.file == "-":
             out.note(f"{plural(writer.packets, 'packet')} written")
             return DONE
-        return meter.end(file=options.file, format=kind, written=writer.packets)
+        observed = {"observed": options.observe} if observing else {}
+        return meter.end(file=options.file, format=kind, written=writer.packets, **observed)
 
 
 @contextlib.contextmanager
