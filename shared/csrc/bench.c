@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Measuring the loan rings: bare (level 0), with a ledger word per buffer (1), with intent records and committed indices too, in the order of
- * server.c (2), and the library's whole path with its checks of what is in hand (3: rb_alloc, rb_send, rb_recv, rb_return on a real cluster). Producer and consumer are two threads or two processes,
+ * lend.c (2), and the library's whole path with its checks of what is in hand (3: rb_alloc, rb_send, rb_recv, rb_return on a real cluster). Producer and consumer are two threads or two processes,
  * pinned. Buffers come back and are used again last in, first out, at every level.
  */
 #include "rb_internal.h"

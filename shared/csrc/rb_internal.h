@@ -2,8 +2,9 @@
  *
  * What a process keeps for itself, and how the files of the core call each other. From the bottom up:
  * error.c, segment.c (files and mappings), registry.c (finding clusters, locks, life and death), queue.c (queues and where their
- * rings are), server.c (the lender: ledger, intents), recover.c (what the dead left), client.c (the borrower), lane.c (VMs), observe.c (copies for a capture),
- * end.c (the public calls), dev_zc.c (AF_XDP), worker.c, flow.c, bench.c.
+ * rings are), book.c (a ledger and its legs), lend.c (lending and taking back),
+ * server.c (what else a lender owes), recover.c (what the dead left), client.c (the borrower), lane.c (VMs), observe.c (copies for a capture),
+ * open.c, end.c (the public calls), dev_zc.c (AF_XDP), worker.c, flow.c, bench.c.
  */
 #ifndef RB_INTERNAL_H
 #define RB_INTERNAL_H
@@ -215,7 +216,17 @@ int rb_queue_remove(struct rb_cluster *c, uint32_t queue); /* rb_queue_destroy, 
 void rb_lane_unmap(struct rb_cluster *c, uint32_t lane);
 void rb_lane_sweep(struct rb_cluster *c, uint32_t lane); /* a removed lane's memory goes with its last leg */
 
-/* ---- server.c */
+/* ---- book.c, lend.c, server.c */
+static inline void rb_add(rb_a64 *counter, uint64_t n) { rb_set(counter, rb_get(counter) + n); } /* one writer */
+/* An index of the peer is outside its window: a VM that was reset, until its next program has looked, or a hostile one. Nothing to take, no
+ * room; counted once a session. */
+static inline uint32_t rb_odd(struct rb_leg_ctx *l)
+{
+    if (!l->odd)
+        rb_add(&l->rec->foreign, 1);
+    l->odd = true;
+    return 0;
+}
 int rb_server_get(struct rb_cluster *c, struct rb_server **out);          /* this handle's own book */
 int rb_server_act(struct rb_cluster *c, uint32_t book, struct rb_server *s); /* for a dead owner; recovery lock held */
 void rb_server_done(struct rb_server *s);
@@ -267,7 +278,13 @@ int rb_client_give(struct rb_end *end, uint32_t handle);
 int rb_client_usable(struct rb_end *end);
 int rb_client_check(struct rb_end *end);
 
+/* ---- open.c */
+int rb_serve(struct rb_cluster *c, uint32_t number, struct rb_leg_ctx **out); /* this handle's book serves the leg; recovery lock held */
+void rb_answer_for(struct rb_cluster *c, struct rb_end *end); /* the session of a borrower whose server is dead or not there yet; likewise */
+
 /* ---- end.c */
+extern const struct rb_end_ops rb_lend_ops, rb_collect_ops;
+int rb_let_go(struct rb_server *s, struct rb_leg_ctx *l); /* of a queue whose end is closed, when nothing is lent on it any more */
 void rb_end_finish(struct rb_cluster *c); /* let go of closed ends whose buffers came back */
 void rb_end_free(struct rb_end *end);
 int rb_hand_back(struct rb_cluster *c, uint32_t handle); /* one buffer, wherever it came from */
