@@ -189,7 +189,8 @@ static uint32_t take_some(struct rb_server *s, struct rb_leg_ctx *l, uint32_t mo
         return 0;
     for (uint32_t i = 0; i < n; i++) { /* a private copy: the peer can change nothing of it any more */
         handle[i] = *(const volatile uint32_t *)&returned[(rc + i) & mask];
-        __builtin_prefetch(&returned[(rc + i + 2 * RB_BURST) & mask], 0);
+        if ((i & 15) == 0) /* once a line */
+            __builtin_prefetch(&returned[(rc + i + 2 * RB_BURST) & mask], 0);
     }
     arm(s->rec, RB_OP_TAKE, l->number, n, rc);
     uint32_t *top = s->stack + s->free;

@@ -161,13 +161,23 @@ static int bridge_turn(struct rb_worker *w)
         uint64_t bytes = 0;
         for (int k = 0; k < n; k++)
             bytes += rb_desc_length(&desc[k]);
-        int sent = rb_send(out, desc, n, 0);
+        int sent = 0, rc = 0;
+        while (sent < n && (rc = rb_send(out, desc + sent, n - sent, 0)) != 0) {
+            if (rc == -EINVAL) { /* one that cannot go out here, such as a frame too short for a NIC: a VM sends what it likes */
+                rb_drop(out, 1, RB_DROP_BAD);
+                rb_return(w->c[0], desc + sent, 1);
+                rb_count_up(&w->dropped, 1);
+                rc = 1;
+            } else if (rc < 0)
+                break;
+            sent += rc;
+        }
         if (sent < n) {
-            rb_drop(out, n - RB_MAX(sent, 0), RB_DROP_FULL);
-            rb_return(w->c[0], desc + RB_MAX(sent, 0), n - RB_MAX(sent, 0));
-            rb_count_up(&w->dropped, (uint64_t)(n - RB_MAX(sent, 0)));
-            if (sent < 0)
-                return sent;
+            rb_drop(out, n - sent, RB_DROP_FULL);
+            rb_return(w->c[0], desc + sent, n - sent);
+            rb_count_up(&w->dropped, (uint64_t)(n - sent));
+            if (rc < 0)
+                return rc;
         }
         rb_count_up(&w->packets, (uint64_t)n);
         rb_count_up(&w->bytes, bytes);

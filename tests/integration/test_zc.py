@@ -197,3 +197,28 @@ def test_what_cannot_be_opened_is_named_with_its_cure(net: Net, prepare: str, de
     refused = net.json("count", "-i", device, status=1)
     assert words in refused["error"]["message"]
     assert refused["error"]["cure"]
+
+
+SHORT_FRAMES = """
+from ringbar import Bridge, Cluster
+with Cluster.create(5, queues=1) as zc, Cluster.attach(5) as other:
+    with zc.open_queue(0, "tx") as tx, other.open_queue(0, "rx") as rx, other.open_device("zc:rba0", "tx") as out:
+        zc.service()
+        with Bridge(rx, out, packets=4) as bridge:
+            tx.write([b"x" * 10, b"y" * 60, b"z" * 5, b"w" * 60])
+            bridge.wait(20)
+            stats = bridge.stats()
+        print(stats["packets"], stats["dropped"], stats["error"], out.stats()["packets"], out.stats()["drops"]["bad"])
+"""
+
+
+def test_frames_too_short_for_a_nic_cost_only_themselves(net: Net) -> None:
+    done = subprocess.run(
+        ["nsenter", f"--net=/run/netns/{net.name}", sys.executable, "-c", SHORT_FRAMES],
+        env=net.environment,
+        cwd=net.root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["4", "2", "0", "2", "2"], done.stdout + done.stderr
