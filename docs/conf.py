@@ -13,6 +13,9 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+sys.path.insert(0, os.path.dirname(__file__))
+import header
+
 project = "ringbar"
 copyright = "the ringbar authors; Apache-2.0"
 release = version = metadata.version("ringbar")
@@ -47,5 +50,28 @@ class CommandHelp(SphinxDirective):
         return [nodes.literal_block(done.stdout, done.stdout, language="text")]
 
 
+class Header(SphinxDirective):
+    """``{ringbar-header}``: ringbar.h, section by section; what its comments say, and the declarations themselves."""
+
+    def run(self) -> list[nodes.Node]:
+        path = os.path.join(self.env.srcdir, "../shared/csrc/ringbar.h")
+        self.env.note_dependency(os.path.abspath(path))
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        opening = header.introduction(text)
+        made: list[nodes.Node] = [nodes.literal_block(opening, opening, language="text")]
+        for each in header.sections(text):
+            section = nodes.section(ids=[nodes.make_id(f"c-{each.title}")])
+            section += nodes.title(each.title, each.title.capitalize())
+            section += [nodes.paragraph(part, part) for part in each.text.split("\n\n") if part]
+            for entry in each.entries:
+                if entry.comment:
+                    section += nodes.paragraph(entry.comment, entry.comment)
+                section += nodes.literal_block(entry.code, entry.code, language="c")
+            made.append(section)
+        return made
+
+
 def setup(app: Sphinx) -> None:
     app.add_directive("ringbar-help", CommandHelp)
+    app.add_directive("ringbar-header", Header)

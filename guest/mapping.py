@@ -37,10 +37,8 @@ UNCACHED = "uncached-minus"
 DEV_MEM = pathlib.Path("/dev/mem")
 
 RIGHTS = (
-    "run as root (or with CAP_SYS_RAWIO, CAP_SYS_ADMIN and access to /dev/mem); "
-    "or let udev open the device for a group: "
-    'ACTION=="add", SUBSYSTEM=="pci", ATTR{vendor}=="0x1af4", ATTR{device}=="0x1110", ATTR{enable}="1", '
-    'RUN+="/bin/chgrp ringbar /sys%p/resource2", RUN+="/bin/chmod g+rw /sys%p/resource2"'
+    "run as root (or a service with CAP_SYS_RAWIO), or be in the group ringbar where the udev rule of "
+    "`ringbar guest-bundle` is installed; without udev, as root: python3 -m ringbar.guest.prepare"
 )
 
 

@@ -128,12 +128,13 @@ def slots(devices: list[Device]) -> list[list[Device]]:
 
 
 def is_guest(sysfs: pathlib.Path = SYSFS, proc: pathlib.Path = PROC) -> bool:
-    """Whether this machine is a VM: it has an ivshmem device, or its processor shows the hypervisor flag.
+    """Whether this machine is a VM: it has an ivshmem device, its firmware is QEMU's, or its processor shows the
+    hypervisor flag (x86 only).
 
     A host that is itself a VM (nested, or in a cloud) shows the flag too; only :func:`find` tells whether there is
     memory to attach.
     """
-    if find(sysfs):
+    if find(sysfs) or _text(sysfs / "class/dmi/id/sys_vendor") == "QEMU":
         return True
     flags = re.search(r"^flags\s*:(.*)$", _text(proc / "cpuinfo"), re.MULTILINE)
     return flags is not None and "hypervisor" in flags[1].split()

@@ -24,6 +24,13 @@ def _pci_event(message: bytes) -> tuple[str, str] | None:
     return action, path.rpartition("/")[2]
 
 
+def listen() -> socket.socket:
+    """A socket that becomes readable whenever the kernel announces something; its messages say what."""
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_KOBJECT_UEVENT)
+    events.bind((0, _KERNEL_GROUP))
+    return events
+
+
 def wait_for_device(
     timeout: float | None = None, *, known: Collection[str] = (), sysfs: pathlib.Path = SYSFS
 ) -> list[Device]:
@@ -37,8 +44,7 @@ def wait_for_device(
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     ignored = set(known)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_KOBJECT_UEVENT) as events:
-        events.bind((0, _KERNEL_GROUP))  # before looking, so that nothing falls between
+    with listen() as events:  # before looking, so that nothing falls between
         while True:
             devices = find(sysfs)
             if any(device.name not in ignored for device in devices):

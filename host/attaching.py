@@ -14,18 +14,21 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ringbar.errors import Busy, Error, NotFound
-from ringbar.host import model, native, records
+from ringbar.host import bells, model, native, records
 from ringbar.host.records import Record
 
 if TYPE_CHECKING:
-    from ringbar.host.vms import Machine
+    from ringbar.host.vms import Machine, Name
 
 Progress = Callable[[str], None]
 
 ANNOUNCE_TIMEOUT = 2.0
 """Seconds that programs in a VM have to let go before the device is unplugged."""
 
-RW_WARNING = "the VM can change every packet of cluster {}: a transmit pool of its own (--pool own) is not there yet"
+RW_WARNING = "the VM can change every packet of cluster {}, since it sends on a direct queue"
+LEAST_OWN = 1024
+"""Buffers of a VM's own pool, where its queues do not need more."""
+MOST_BUFFERS = 1 << 24
 
 
 @contextlib.contextmanager
@@ -42,8 +45,9 @@ def lane_of(record: Record) -> Iterator[native.Handle | None]:
 
 def sees(record: Record) -> str:
     """What the VM can see, for people (rule 5)."""
-    what = "read" if record.pool == "ro" else "read and change"
-    return f"can {what} all packets of cluster {record.cluster}"
+    what = "read and change" if record.pool == "rw" else "read"
+    own = " and writes only a pool of its own" if record.pool == "own" else ""
+    return f"can {what} all packets of cluster {record.cluster}{own}"
 
 
 def describe(record: Record) -> model.Attachment:
@@ -65,9 +69,14 @@ def describe(record: Record) -> model.Attachment:
         sees=sees(record),
         bindings=bindings,
         where=record.where,
+        via=record.via,
+        uuid=record.uuid,
+        uri=record.uri,
         lane=record.lane,
         identity=record.identity,
         since_ns=record.since_ns,
+        interrupts=record.bell == bells.ON,
+        polls="" if record.bell == bells.ON else record.bell,
     )
 
 
@@ -76,16 +85,18 @@ def _end(direction: str) -> int:
 
 
 class Attach:
-    """One VM and one cluster: bind ends, and plug what is not plugged yet. The records' lock is held.
+    """One VM and one cluster: bind ends, and plug what is not plugged yet. The VM's lock is held.
 
     :param ends: pairs of queue number and direction (``native.RX``, ``native.TX``).
     :param pool: mode asked for; None: by what the ends need.
     :param deadline: on the monotonic clock.
+    :param interrupts: True: a doorbell; False: none; None: if the VM can have one.
+    :ivar boots_until: how long a guest that boots is waited for; the deadline, unless it is set.
     """
 
     def __init__(
         self,
-        vm: str,
+        name: Name,
         machine: Machine,
         cluster: int,
         ends: list[tuple[int, int]],
@@ -94,8 +105,11 @@ class Attach:
         replug: bool,
         deadline: float,
         progress: Progress,
+        interrupts: bool | None = None,
     ) -> None:
-        self.vm = vm
+        self.name = name
+        self.vm = name.shown
+        self.interrupts = interrupts
         self.machine = machine
         self.cluster = cluster
         self.ends = list(ends)
@@ -103,22 +117,17 @@ class Attach:
         self.use_last_slot = use_last_slot
         self.replug = replug
         self.deadline = deadline
+        self.boots_until = deadline
         self.progress = progress
 
     def run(self, undo: contextlib.ExitStack, result: model.Attached) -> bool:
         """Do it; what undoes it is pushed on ``undo``. True when anything changed."""
-        if self.pool == "own":
-            raise Error(
-                "a transmit pool of the VM's own (--pool own) is not there yet",
-                code="not-supported",
-                cure="--pool rw, with which the VM can change all packets of the cluster",
-            )
         sends = any(d == native.TX for _, d in self.ends)
         if self.pool == "ro" and sends:
             raise Error(
                 "a VM that sends needs to write packets, and --pool ro does not let it",
                 code="pool-read-only",
-                cure="--pool rw, or leave --tx out",
+                cure="--pool own, or leave --tx out",
             )
         with native.Handle.attach(self.cluster) as handle:
             known = handle.queue_ids()
@@ -130,23 +139,38 @@ class Attach:
                         cure=f"ringbar queue create {self.cluster}",
                     )
             generation = handle.info().generation
-            record = self._usable(records.find(self.vm, self.cluster), generation, result)
+            record = self._usable(records.find(self.name.key, self.cluster), generation, result)
             if record is not None:
-                wanted = self.pool or ("rw" if sends else record.pool)
+                wanted = self.pool or self._mode(handle, record.pool)
                 if wanted != record.pool and not (wanted == "ro" and self.pool is None):
                     record = self._change(handle, record, wanted, undo, result)
+            if record is not None and self.interrupts is not None and self.interrupts != (record.bell == bells.ON):
+                bells.why_not(self.machine, self.interrupts)
+                record = self._change(handle, record, record.pool, undo, result)
             if record is not None and self._new_direct(handle, record):
                 record = self._change(handle, record, record.pool, undo, result)
             if record is not None:
                 changed = self._bind(handle, record.lane, undo)
             else:
-                mode = self.pool or ("rw" if sends else "ro")
+                mode = self.pool or self._mode(handle, "ro")
                 if mode == "rw" and self.pool is None:
                     result.warnings.append(RW_WARNING.format(self.cluster))
                 record = self._plug(handle, generation, mode, undo, result)
                 changed = True
         result.attachments.append(describe(record))
         return changed
+
+    def _mode(self, handle: native.Handle, present: str) -> str:
+        """The pool mode that the ends need, where none was asked for."""
+        sent = [queue for queue, direction in self.ends if direction == native.TX]
+        if present == "rw" or not sent:
+            return present
+        return "rw" if any(handle.queue(queue).direct for queue in sent) else "own"
+
+    def _own_buffers(self, handle: native.Handle) -> int:
+        """How large the VM's own pool is: what its queues may hold, and two bursts."""
+        need = sum(handle.queue(queue).credit for queue, direction in self.ends if direction == native.TX)
+        return min(MOST_BUFFERS, max(LEAST_OWN, 1 << (need + 3 * native.BURST - 1).bit_length()))
 
     def _usable(self, record: Record | None, generation: int, result: model.Attached) -> Record | None:
         """The record, if its plug can be used; what an interrupted or outlived one left is removed."""
@@ -166,7 +190,7 @@ class Attach:
             raise Error(
                 f"{self.vm} does not let go of what was plugged into it before",
                 code="not-finished",
-                cure=f"ringbar detach {self.vm} {self.cluster}, or restart the VM",
+                cure=f"ringbar detach {self.name.typed} {self.cluster}, or restart the VM",
             )
         with lane_of(record) as handle:
             if handle is not None:
@@ -185,9 +209,11 @@ class Attach:
     ) -> Record | None:
         """Another pool mode needs the device plugged anew, which is only done when asked for."""
         if not self.replug:
-            why = "sends now" if mode == "rw" and self.pool is None else f"shall have --pool {mode}"
+            why = "sends now" if mode != "ro" and self.pool is None else f"shall have --pool {mode}"
             if mode == record.pool:
                 why = "gets a direct queue, which has memory of its own"
+                if self.interrupts is not None and self.interrupts != (record.bell == bells.ON):
+                    why = f"shall have {'interrupts' if self.interrupts else 'no interrupts'}"
             raise Error(
                 f"{self.vm} has cluster {self.cluster} plugged in with --pool {record.pool} and {why}",
                 code="needs-replug",
@@ -198,17 +224,19 @@ class Attach:
         Detach(record, None, self.deadline, self.deadline - time.monotonic(), False, self.progress).unplug(
             again, self.machine
         )
-        undo.callback(self._put_back, kept, record.pool)
+        undo.callback(self._put_back, kept, record.pool, record.bell == bells.ON)
         self.use_last_slot = True  # the slot that it had
         self.ends = kept + [end for end in self.ends if end not in kept]
         if self.pool is None and any(d == native.TX for _, d in self.ends):
             result.notes.append(f"plugging cluster {self.cluster} in anew")
         return None
 
-    def _put_back(self, ends: list[tuple[int, int]], pool: str) -> None:
+    def _put_back(self, ends: list[tuple[int, int]], pool: str, interrupts: bool) -> None:
         """What was unplugged to be plugged anew could not be: as it was before."""
         deadline = max(self.deadline, time.monotonic() + 30)
-        before = Attach(self.vm, self.machine, self.cluster, ends, pool, True, False, deadline, self.progress)
+        before = Attach(
+            self.name, self.machine, self.cluster, ends, pool, True, False, deadline, self.progress, interrupts
+        )
         with contextlib.ExitStack() as undo:
             before.run(undo, model.Attached(changed=False))
             undo.pop_all()
@@ -249,6 +277,7 @@ class Attach:
         """A new lane, its bindings, the record, the devices."""
         lane = handle.lane_create(self.vm, self.machine.identity)
         undo.callback(_remove_lane, self.cluster, lane)
+        own = handle.lane_pool(lane, self._own_buffers(handle)) if mode == "own" else None
         self._bind(handle, lane, undo)
         segments = handle.segments()
         lanes = [s for s in segments if s.kind == "lane" and s.id == lane]
@@ -262,22 +291,43 @@ class Attach:
             generation=generation,
             lane=lane,
             pool=mode,
+            uuid=self.name.uuid,
+            uri=self.name.uri,
+            via=self.machine.via,
         )
         records.write(record)
         undo.callback(records.remove, record)
         neighbours = self.machine.neighbours()
         if neighbours:
             result.warnings.append(f"{self.vm} has {', '.join(neighbours)}: the pool is mapped for these too")
+        writable = {own} if own is not None else {s.id for s in pools if not s.vm} if mode == "rw" else set()
+        refusal = bells.why_not(self.machine, self.interrupts)
         placed = self.machine.plug(
-            self.cluster, lanes, pools, mode == "rw", self.use_last_slot, self.deadline, self.progress
+            self.cluster, lanes, pools, writable, self.use_last_slot, self.boots_until, self.progress
         )
         undo.callback(self._unplug, record)
+        record.bell = refusal.why if refusal is not None else self._bell(handle, record)
         result.warnings += placed.notes
         record.plugged = placed.saved
         record.where = placed.where
         record.state = "plugged"
         records.write(record)
         return record
+
+    def _bell(self, handle: native.Handle, record: Record) -> str:
+        """Give the lane a doorbell. One that was not asked for need not be.
+
+        :return: for the record: that there is one, or why not.
+        """
+        try:
+            record.doorbell = bells.give(
+                self.machine, handle, record.lane, self.use_last_slot, self.deadline, self.progress
+            )
+        except Error as e:
+            if self.interrupts or e.code == "vm-died":
+                raise
+            return e.message
+        return bells.ON
 
     def _new_direct(self, handle: native.Handle, record: Record) -> bool:
         """Is a direct queue asked for that the VM does not have? Its lane has to be plugged in too."""
@@ -305,7 +355,7 @@ def _remove_lane(cluster: int, lane: int) -> None:
 
 
 class Detach:
-    """One VM and one cluster: unbind some ends, or unplug everything. The records' lock is held.
+    """One VM and one cluster: unbind some ends, or unplug everything. The VM's lock is held.
 
     :param queues: numbers; None: all.
     :param timeout: what the deadline was made of, for messages.
@@ -346,7 +396,7 @@ class Detach:
                     result.changed = True
                     return
         try:
-            machine = vms.connect(record.vm, self.deadline, self.progress)
+            machine = vms.connect(vms.Name(record.vm, record.uuid, record.uri), self.deadline, self.progress)
         except Error as unreachable:
             if not records.alive(record.identity):
                 self._home(result, still_mapped=False)  # it ended while we looked
@@ -363,6 +413,8 @@ class Detach:
 
         :raises Error: code ``not-finished`` when the guest does not let go, and not by force.
         """
+        from ringbar.host import vms
+
         record = self.record
         record.state = "closing"
         records.write(record)
@@ -384,8 +436,8 @@ class Detach:
                 f"the guest of {record.vm} did not let go of the device within {self.timeout:g} s; "
                 "it stays attached, state closing",
                 code="not-finished",
-                cure=f"once the guest runs again, ringbar detach {record.vm} {record.cluster}; with --force what "
-                "it holds stays quarantined until the VM ends",
+                cure=f"once the guest runs again, ringbar detach {vms.typed(record.vm, record.uri)} {record.cluster}; "
+                "with --force what it holds stays quarantined until the VM ends",
             )
 
     def _quarantine(self, result: model.DetachedFrom, why: str) -> None:
@@ -401,6 +453,7 @@ class Detach:
             if handle is not None:
                 result.queues += [b.queue for b in handle.lane_bindings(record.lane)]
                 handle.lane_remove(record.lane, still_mapped)
+        bells.release(record)
         if still_mapped:
             record.state = "quarantined"
             records.write(record)

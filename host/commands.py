@@ -7,6 +7,7 @@ Thin: options in, one call of :class:`ringbar.host.service.Host`, words out.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,14 @@ if TYPE_CHECKING:
 
 
 def service() -> Host:
-    """The boundary: the service in this process; later the agent."""
+    """The boundary: the agent where one runs, else the same in this process."""
+    from ringbar.host.agent import socket_path
+
+    if os.path.exists(socket_path()):  # not its own: that raises where it cannot be looked for
+        from ringbar.host.agent.client import AgentHost, reachable
+
+        if reachable(socket_path()):
+            return AgentHost(socket_path())
     from ringbar.host.service import Host
 
     return Host()
@@ -49,6 +57,7 @@ def configure(name: str, parser: argparse.ArgumentParser) -> None:
         "queue": _configure_queue,
         "attach": _configure_attach,
         "detach": _configure_detach,
+        "migrate": _configure_migrate,
     }[name](parser)
 
 
@@ -286,10 +295,12 @@ def _configure_queue(parser: argparse.ArgumentParser) -> None:
         "change a queue",
         _queue_set,
         "ringbar queue set 99@0 --pause     nothing is delivered, and what is sent is refused",
-        "ringbar queue set 99@0 --resume",
+        "ringbar queue set 99@0 --filter 'udp port 53'     only these are passed on from now on",
+        "ringbar queue set 99@0 --filter none --resume",
     )
     change.add_argument("queue", metavar="QUEUE", help="such as 99@0")
-    which = change.add_mutually_exclusive_group(required=True)
+    change.add_argument("--filter", metavar="EXPR|none", help="pass on only what matches (libpcap's syntax)")
+    which = change.add_mutually_exclusive_group()
     which.add_argument("--pause", action="store_true", help="deliver nothing")
     which.add_argument("--resume", action="store_true", help="go on")
     destroy = _sub(
@@ -314,10 +325,16 @@ def _queue_create(options: argparse.Namespace, out: Output) -> int:
 
 
 def _queue_set(options: argparse.Namespace, out: Output) -> int:
-    done = service().set_queue(options.queue, pause=options.pause)
+    pause = True if options.pause else False if options.resume else None
+    if pause is None and options.filter is None:
+        raise Usage("one of --filter, --pause and --resume is required", cure="ringbar queue set --help")
+    done = service().set_queue(options.queue, pause=pause, expression=options.filter)
     out.document(_document(done))
-    what = "paused" if options.pause else "resumed"
-    out.say(f"{done.queues[0]} {what}" if done.changed else f"unchanged: {done.queues[0]} is {what}")
+    what = [] if pause is None else ["paused" if pause else "resumed"]
+    if options.filter is not None:
+        what.append("unfiltered" if options.filter.strip() in ("", "none") else f"filtered by: {options.filter}")
+    said = ", ".join(what)
+    out.say(f"{done.queues[0]} {said}" if done.changed else f"unchanged: {done.queues[0]} is {said}")
     return DONE
 
 
@@ -339,11 +356,12 @@ def _configure_attach(parser: argparse.ArgumentParser) -> None:
         "Queues named alone are what the VM receives, --tx is what it sends. Done again, nothing changes."
     )
     parser.epilog = examples(
-        "ringbar attach qmp:/run/vm1.qmp 99@0                the VM receives queue 0",
-        "ringbar attach qmp:/run/vm1.qmp 99@0 --tx 99@1      and sends on queue 1",
-        "ringbar attach qmp:/run/vm1.qmp 99@2 --ready        wait until a program in it opened the queue",
+        "ringbar attach ids1 99@0                            the VM receives queue 0",
+        "ringbar attach ids1 99@0 --tx 99@1                  and sends on queue 1",
+        "ringbar attach ids1 99@2 --ready                    wait until a program in it opened the queue",
+        "ringbar attach qmp:/run/vm1.qmp 99@0                a VM that libvirt does not run",
     )
-    parser.add_argument("vm", metavar="VM", help="qmp:SOCKET, QEMU's monitor socket")
+    parser.add_argument("vm", metavar="VM", help="name or UUID in libvirt, or qmp:SOCKET, QEMU's monitor socket")
     parser.add_argument(
         "queues", metavar="QUEUE", nargs="*", help="what the VM receives, such as 99@0 or 99@0-3"
     )
@@ -354,8 +372,8 @@ def _configure_attach(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pool",
         choices=("ro", "rw", "own"),
-        help="the packet buffers in the VM: read-only (default), or writable (default with --tx); "
-        "own, a transmit pool of its own, is not there yet",
+        help="the packet buffers in the VM: ro, read-only (default); own, read-only but for a pool of its own that it "
+        "sends from (default with --tx); rw, all writable (fastest; default with --tx of a direct queue)",
     )
     parser.add_argument(
         "--ready", action="store_true", help="wait until a program in the VM has opened the queues"
@@ -366,6 +384,10 @@ def _configure_attach(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--use-last-slot", action="store_true", help="take the VM's last free PCI port")
     parser.add_argument(
         "--replug", action="store_true", help="unplug and plug in again where a change of the pool needs it"
+    )
+    parser.add_argument(
+        "--interrupts", action=argparse.BooleanOptionalAction, default=None,
+        help="both sides sleep until the other rings, or do not; default: where the VM has a virtual IOMMU",
     )
     add_connect(parser)
     add_json(parser)
@@ -383,6 +405,7 @@ def _attach(options: argparse.Namespace, out: Output) -> int:
             timeout=options.timeout,
             use_last_slot=options.use_last_slot,
             replug=options.replug,
+            interrupts=options.interrupts,
             connect=options.connect,
             progress=progress,
         )
@@ -393,9 +416,13 @@ def _attach(options: argparse.Namespace, out: Output) -> int:
         ends = ", ".join(
             part for part in (f"receives {rx}" if rx else "", f"sends {tx}" if tx else "") if part
         )
+        by = f" by {attachment.via}" if attachment.via else ""
         prefix = "" if done.changed else "unchanged: "
-        out.say(f"{prefix}{attachment.vm} {ends or 'has no queue'}; {attachment.state} at {attachment.where}")
+        out.say(f"{prefix}{attachment.vm} {ends or 'has no queue'}; {attachment.state} at {attachment.where}{by}")
         out.say(f"{attachment.vm} {attachment.sees}")
+        if attachment.polls or attachment.interrupts:
+            how = f"polls: {attachment.polls}" if attachment.polls else "waits by interrupts"
+            out.say(f"{attachment.vm} {how}")
     _tell(done, out)
     return DONE
 
@@ -406,11 +433,11 @@ def _configure_detach(parser: argparse.ArgumentParser) -> None:
         "Programs in the VM are told first, and the guest has to let go of the device."
     )
     parser.epilog = examples(
-        "ringbar detach qmp:/run/vm1.qmp              everything",
-        "ringbar detach qmp:/run/vm1.qmp 99           all of cluster 99",
+        "ringbar detach ids1                          everything",
+        "ringbar detach ids1 99                       all of cluster 99",
         "ringbar detach qmp:/run/vm1.qmp 99@0         one queue",
     )
-    parser.add_argument("vm", metavar="VM", help="qmp:SOCKET, as it was attached")
+    parser.add_argument("vm", metavar="VM", help="name or UUID in libvirt, or qmp:SOCKET")
     parser.add_argument(
         "targets", metavar="CLUSTER|QUEUE", nargs="*", help="what to take away (default: everything)"
     )
@@ -448,4 +475,35 @@ def _detach(options: argparse.Namespace, out: Output) -> int:
     else:
         out.say(f"unchanged: nothing of that is attached to {done.vm}")
     _tell(done, out)
+    return DONE
+
+
+def _configure_migrate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Move a running VM with its queues: detach, migrate, attach on the other side. Memory that is plugged in\n"
+        "belongs to this host, so QEMU refuses to migrate a VM that has it. What fails leaves the VM as it was."
+    )
+    parser.epilog = examples(
+        "ringbar migrate ids1 qemu+ssh://host2/system            ringbar and the clusters are there too",
+        "ringbar migrate qmp:/run/vm1.qmp qmp:/run/vm1b.qmp      a QEMU on this host, started with -incoming defer",
+    )
+    parser.add_argument("vm", metavar="VM", help="libvirt's name or UUID, or qmp:SOCKET")
+    parser.add_argument("to", metavar="DESTURI", help="libvirt's URI of the other host, or qmp:SOCKET")
+    parser.add_argument(
+        "--timeout", type=seconds, default=300.0, metavar="S", help="seconds for all of it (default 300)"
+    )
+    add_connect(parser)
+    add_json(parser)
+    parser.set_defaults(run=_migrate)
+
+
+def _migrate(options: argparse.Namespace, out: Output) -> int:
+    with out.progress() as progress:
+        done = service().migrate(
+            options.vm, options.to, timeout=options.timeout, connect=options.connect, progress=progress
+        )
+    out.document(_document(done))
+    out.say(f"{done.vm} is at {done.to}")
+    for attachment in done.attachments:
+        out.say(f"{attachment.vm} has {short_queues([b.queue for b in attachment.bindings])} at {attachment.where}")
     return DONE

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringbar import address
-from ringbar.errors import Error
-from ringbar.host import records
+from ringbar.cli import worker
+from ringbar.cli.common import plural
+from ringbar.errors import BadAddress, Error, NotFound
+from ringbar.host import doctor_guest, inside, records, surroundings
 from ringbar.host.model import Finding, Report
 
 if TYPE_CHECKING:
-    from ringbar.guest import Device
     from ringbar.host.service import Host
 
 Progress = Callable[[str], None]
@@ -41,53 +42,29 @@ _CAPABILITIES = {
     21: "CAP_SYS_ADMIN",
     39: "CAP_BPF",
 }
-_RAWIO = 17
 
 
-def examine(host: Host, target: str | None, clean: bool, progress: Progress) -> Report:
+def examine(host: Host, target: str | None, clean: bool, connect: str | None, progress: Progress) -> Report:
     """All checks of this machine, and of ``target`` (a device or a VM)."""
     report = Report()
-    checks: list[Callable[[], list[Finding]]] = [_kernel, _core]
-    inside = in_guest()
-    if inside:
-        checks += [_guest_devices, _guest_memory]
+    around, inner = surroundings, doctor_guest
+    checks: list[Callable[[], list[Finding]]] = [_kernel, around.kernel_features, _core, _filters]
+    guest = inside.looks_like_a_guest()
+    if guest:
+        checks += [inner.devices, inner.memory, inner.hot_plug, inner.iommu, inner.interrupts, _af_xdp_in_guest]
     else:
-        checks += [_huge_pages, _shm, _capabilities, _af_xdp, _kvm, _qemu, _libvirt]
+        checks += [_huge_pages, _shm, around.iommu, around.memory_types, _capabilities, around.people, around.agent]
+        checks += [_kvm, _qemu, _libvirt, around.confinement, _af_xdp]
+    checks.append(around.cards)
     for check in checks:
         progress(f"checking {check.__name__.strip('_').replace('_', ' ')}")
         report.findings += check()
-    if not inside:
+    if not guest:
         progress("looking for what dead programs left")
         _leftovers(host, clean, report)
     if target is not None:
-        report.findings += _target(target, progress)
+        report.findings += _target(target, connect, progress)
     return report
-
-
-def in_guest() -> bool:
-    """Is this a guest of a ringbar host? It has devices of ours and no cluster of its own.
-
-    The processor's hypervisor flag does not tell: hosts are VMs themselves in many places.
-    """
-    try:
-        from ringbar import guest
-    except ImportError:
-        return False
-    if not guest.find():
-        return False
-    try:
-        from ringbar.host import native
-
-        return not native.clusters()
-    except (ImportError, Error):  # what is wrong with the library, a check of its own says
-        return True
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -134,7 +111,7 @@ def _huge_pages() -> list[Finding]:
         name = {2048: "2M", 1048576: "1G"}.get(size)
         if name is None:
             continue
-        total, free = (int(_read(str(directory / f)) or 0) for f in ("nr_hugepages", "free_hugepages"))
+        total, free = (int(surroundings.read(directory / f) or 0) for f in ("nr_hugepages", "free_hugepages"))
         mounted = _hugetlbfs(size)
         if total and not mounted:
             where = f"/dev/hugepages{name}"
@@ -163,7 +140,7 @@ def _huge_pages() -> list[Finding]:
 def _hugetlbfs(size: int) -> str:
     """Where hugetlbfs with pages of ``size`` KiB is mounted."""
     units = {"K": 1, "M": 1024, "G": 1024 * 1024}
-    for line in _read("/proc/self/mounts").splitlines():
+    for line in surroundings.read(Path("/proc/self/mounts")).splitlines():
         fields = line.split()
         if len(fields) > 3 and fields[2] == "hugetlbfs":
             option = re.search(r"pagesize=(\d+)([KMG])", fields[3])
@@ -180,6 +157,10 @@ def _shm() -> list[Finding]:
         return [Finding(where, "missing", (e.strerror or str(e)).lower(), f"mount -t tmpfs none {where}")]
     if not os.access(where, os.W_OK):
         return [Finding(where, "missing", "cannot be written", "run as root, or as a member of group ringbar")]
+    kind = _file_system(where)
+    if kind not in ("tmpfs", "hugetlbfs"):
+        detail = f"lies on {kind}, whose memory the kernel lends to no network card: no zc: devices"
+        return [Finding(where, "warning", detail, f"mount -t tmpfs none {where}, or RINGBAR_SHM=/dev/shm")]
     free, total = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
     detail = f"{free >> 20:,} of {total >> 20:,} MiB free"
     if free < SHM_WANTED:
@@ -189,13 +170,18 @@ def _shm() -> list[Finding]:
     return [Finding(where, "ok", detail)]
 
 
-def _effective() -> int:
-    found = re.search(r"^CapEff:\s*([0-9a-f]+)", _read("/proc/self/status"), re.MULTILINE)
-    return int(found[1], 16) if found else 0
+def _file_system(path: str) -> str:
+    """Of which kind it is there."""
+    best, kind = "", "an unknown file system"
+    for line in surroundings.read(Path("/proc/self/mounts")).splitlines():
+        where, found = line.split()[1:3]
+        if len(where) >= len(best) and os.path.commonpath([where, os.path.realpath(path)]) == where:
+            best, kind = where, found
+    return kind
 
 
 def _capabilities() -> list[Finding]:
-    have = _effective()
+    have = surroundings.capabilities()
     names = {n: name for n, name in _CAPABILITIES.items() if not have >> n & 1}
     if have >> 21 & 1:  # CAP_SYS_ADMIN includes CAP_BPF
         names.pop(39, None)
@@ -227,7 +213,7 @@ def _af_xdp() -> list[Finding]:
         found.append(Finding("libxdp", "missing", "not installed: no zc: network cards", "apt-get install libxdp1"))
     else:
         found.append(Finding("libxdp", "ok", "installed"))
-    if any(" bpf " in line for line in _read("/proc/self/mounts").splitlines()):
+    if any(" bpf " in line for line in surroundings.read(Path("/proc/self/mounts")).splitlines()):
         found.append(Finding("bpffs", "ok", "mounted"))
     else:
         found.append(
@@ -241,8 +227,23 @@ def _af_xdp() -> list[Finding]:
     return found
 
 
+def _af_xdp_in_guest() -> list[Finding]:
+    """A guest needs no cards of its own."""
+    for finding in (found := _af_xdp()):
+        finding.state = "warning" if finding.state == "missing" else finding.state
+    return found
+
+
+def _filters() -> list[Finding]:
+    for name in ("libpcap.so.0.8", "libpcap.so.1"):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(name)
+            return [Finding("libpcap", "ok", "installed: filters can be set here")]
+    return [Finding("libpcap", "warning", "not installed: no filters, no --steer", "apt-get install libpcap0.8")]
+
+
 def _kvm() -> list[Finding]:
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", surroundings.read(Path("/proc/cpuinfo")), re.MULTILINE)
     words = set(flags[1].split()) if flags else set()
     works = platform.machine() == "aarch64" or bool(words & {"svm", "vmx"})
     if not Path("/dev/kvm").exists():
@@ -297,7 +298,7 @@ def _qemu() -> list[Finding]:
 
 
 def _libvirt() -> list[Finding]:
-    if shutil.which("virsh") is None and not Path("/run/libvirt").exists():
+    if not inside.has_libvirt():
         return [Finding("libvirt", "ok", "not here: VMs are named by their monitor, qmp:SOCKET")]
     sockets = [p for p in ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock") if Path(p).exists()]
     if not sockets:
@@ -312,10 +313,10 @@ def _leftovers(host: Host, clean: bool, report: Report) -> None:
 
         before = set(native.clusters())  # this reaps clusters that lived with a process that died
     except (ImportError, Error) as e:
-        report.findings.append(Finding("clusters", "missing", " ".join(str(e).split())))
+        report.findings.append(Finding("clusters", "missing", " ".join(str(e).split()), getattr(e, "cure", None)))
         return
     ended = [r for r in records.all_records() if not records.alive(r.identity)]
-    files = _stray_files(before)
+    files = _stray_files(before | _unreadable(before))
     if clean:
         report.notes += host.reclaim()
         for cluster in sorted(before):
@@ -335,26 +336,54 @@ def _leftovers(host: Host, clean: bool, report: Report) -> None:
         total = sum(p.stat().st_size for p in files if p.exists())
         detail = f"{total >> 20:,} MiB in files of clusters that are gone: {shown}"
         report.findings.append(Finding("leftovers", "warning", detail, "ringbar doctor --clean"))
-    if not ended and not files:
+    died = worker.dead_workers()
+    if clean:
+        report.notes += [f"worker {name} was dead; what it left is removed" for name in died if worker.forget(name)]
+        died = []
+    if died:
+        detail = f"{plural(len(died), 'worker')} died: {', '.join(died[:3])}{' ...' if len(died) > 3 else ''}"
+        report.findings.append(Finding("leftovers", "warning", detail, "ringbar doctor --clean"))
+    if not ended and not files and not died:
         number = len(before)
         report.findings.append(
             Finding("leftovers", "ok", f"none; {number} cluster{'' if number == 1 else 's'} on this host")
         )
 
 
+def _unreadable(known: set[int]) -> set[int]:
+    """Clusters of the registry that cannot be opened: another user's, another version's. Their files are not ours to
+    judge."""
+    from ringbar.host import native
+
+    found = set()
+    for link in records.run_directory().glob("*.state"):
+        if not link.stem.isdecimal() or int(link.stem) in known:
+            continue
+        try:
+            native.Handle.attach(int(link.stem)).close()
+        except NotFound:  # it is gone
+            continue
+        except Error:
+            pass
+        found.add(int(link.stem))
+    return found
+
+
 def _stray_files(known: set[int]) -> list[Path]:
     """Segments of clusters that the registry does not know, which nobody has open."""
     directories = {os.environ.get("RINGBAR_SHM") or "/dev/shm"}
-    for line in _read("/proc/self/mounts").splitlines():
+    for line in surroundings.read(Path("/proc/self/mounts")).splitlines():
         fields = line.split()
-        if len(fields) > 2 and fields[2] == "hugetlbfs":
+        # With a registry of one's own, what lies in the huge pages of all may be another registry's.
+        if len(fields) > 2 and fields[2] == "hugetlbfs" and "RINGBAR_RUN" not in os.environ:
             directories.add(fields[1])
     found = []
     for directory in sorted(directories):
-        for path in sorted(Path(directory).glob("ringbar.*.*")):
-            name = re.fullmatch(r"ringbar\.(\d+)\.(pool|lane|state)\d+", path.name)
-            if name and int(name[1]) not in known and not path.is_symlink() and path.is_file():
-                found.append(path)
+        with contextlib.suppress(PermissionError):  # what this user may not look into, he did not leave there
+            for path in sorted(Path(directory).glob("ringbar.*.*")):
+                name = re.fullmatch(r"ringbar\.(\d+)\.(pool|lane|state)\d+", path.name)
+                if name and int(name[1]) not in known and not path.is_symlink() and path.is_file():
+                    found.append(path)
     return _unused(found) if found else []
 
 
@@ -376,107 +405,72 @@ def _unused(paths: list[Path]) -> list[Path]:
     return [path for key, path in wanted.items() if key not in used]
 
 
-# ---- guest --------------------------------------------------------------------------------------------------
-
-
-def _guest_devices() -> list[Finding]:
-    from ringbar import guest
-
-    found = []
-    devices = list(guest.find())
-    for device in devices:
-        with contextlib.suppress(Error, OSError):
-            found.append(_guest_device(device))
-    if not devices:
-        detail = "no shared memory is plugged into this VM"
-        found.append(Finding("devices", "warning", detail, "on the host: ringbar attach VM 99@0"))
-    return found
-
-
-def _guest_device(device: Device) -> Finding:
-    from ringbar import guest
-
-    name = f"device {device.name}"
-    try:
-        segment = guest.open_segment(device, writable=False)
-    except Error as e:
-        return Finding(name, "missing", e.message, e.cure)
-    os.close(segment.fd)
-    detail = f"{segment.size >> 10:,} KiB, memory type {segment.memory_type}"
-    if segment.memory_type == "uncached-minus":
-        cure = "run as root without kernel lockdown, so that /dev/mem can be used"
-        return Finding(name, "warning", f"{detail}: slow on real hardware", cure)
-    return Finding(name, "ok", detail)
-
-
-def _guest_memory() -> list[Finding]:
-    lockdown = re.search(r"\[(\w+)\]", _read("/sys/kernel/security/lockdown"))
-    if lockdown and lockdown[1] != "none":
-        detail = f"the kernel is locked down ({lockdown[1]}), so memory is mapped uncached"
-        return [Finding("/dev/mem", "warning", detail, "boot without lockdown=, or with secure boot off")]
-    if not _effective() >> _RAWIO & 1:
-        return [Finding("/dev/mem", "missing", "no permission (CAP_SYS_RAWIO)", "run as root (sudo)")]
-    try:
-        os.close(os.open("/dev/mem", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as e:
-        return [
-            Finding(
-                "/dev/mem",
-                "warning",
-                f"does not open: {(e.strerror or str(e)).lower()}",
-                "run as root (sudo)",
-            )
-        ]
-    return [Finding("/dev/mem", "ok", "opens")]
-
-
 # ---- one device or VM ---------------------------------------------------------------------------------------
 
 
-def _target(text: str, progress: Progress) -> list[Finding]:
-    if text.startswith("qmp:"):
-        return _vm(text, progress)
-    device = address.parse_device(text)
+def _target(text: str, connect: str | None, progress: Progress) -> list[Finding]:
+    """A device, or a VM: an interface's name that no interface has may be the name of a VM."""
+    if text.startswith("qmp:") or connect is not None:
+        return _vm(text, connect, progress)
+    try:
+        device = address.parse_device(text)
+    except BadAddress:
+        if address.parse_vm(text).kind == "uuid" or not re.search(r"[:,@]", text):
+            return _vm(text, connect, progress)
+        raise
     interface = getattr(device, "interface", None)
     if interface is None:
         return [Finding(text, "ok", "a queue or a file: ringbar status, or open it")]
-    return _interface(text, str(interface))
+    more = []
+    if isinstance(device, address.InterfaceAddress) and not Path("/sys/class/net", interface).exists():
+        from ringbar.host import vms
+
+        try:
+            vms.canonical(text, None)
+            return _vm(text, None, progress)
+        except Error as e:
+            if Path("/run/libvirt").exists() and e.code != "no-such-vm":
+                more.append(Finding(text, "missing", f"nor can a VM be looked for: {e.message}", e.cure))
+    return [*_interface(text, str(interface)), *more]
+
+
+#: Largest MTU that fits a buffer of 2048 and of 4096 bytes, beside the buffer's header, the kernel's room and a tag.
+_MTU = {2048: 1710, 4096: 3758}
 
 
 def _interface(text: str, name: str) -> list[Finding]:
     from ringbar.cli import running
+    from ringbar.host import nic, xdp_features
 
-    base = Path("/sys/class/net") / name
-    if not base.exists():
-        there = ", ".join(sorted(p.name for p in base.parent.glob("*") if p.name != "lo")) or "none but lo"
+    found = nic.look(name)
+    if found is None:
+        there = ", ".join(nic.names()) or "none but lo"
         return [Finding(text, "missing", f"there is no interface {name}", f"ip link; there are: {there}")]
     findings = []
-    flags = int(_read(str(base / "flags")) or "0", 16)
-    if not flags & 1:
+    if not found.up:
         findings.append(Finding(text, "missing", f"{name} is down", f"ip link set {name} up"))
     else:
-        findings.append(Finding(text, "ok", f"{name} is up, mtu {_read(str(base / 'mtu'))}"))
-    queues = len(list((base / "queues").glob("rx-*")))
-    driver = (
-        os.path.basename(os.path.realpath(base / "device" / "driver"))
-        if (base / "device" / "driver").exists()
-        else "virtual"
-    )
-    findings.append(Finding(text, "ok", f"driver {driver}, {queues} receive queue{'' if queues == 1 else 's'}"))
+        findings.append(Finding(text, "ok", f"{name} is up, mtu {found.mtu}"))
+    plural = "" if found.queues == 1 else "s"
+    can = surroundings.xdp(name, xdp_features.look())
+    findings.append(Finding(text, "ok", f"driver {found.driver}, {found.queues} receive queue{plural}; {can}"))
     if name in running.default_routes() | running.session_interfaces():
         detail = f"{name} carries the default route or this SSH session"
-        findings.append(Finding(text, "warning", detail, "another NIC, or --take-all"))
-    mtu = int(_read(str(base / "mtu")) or "0")
-    if mtu > 3498:
-        detail = f"mtu {mtu} does not fit a buffer, AF_XDP takes at most 3498 in one of 4096"
-        findings.append(Finding(text, "warning", detail, f"ip link set {name} mtu 1500"))
+        findings.append(Finding(text, "warning", detail, "another NIC, --steer RULE, or --take-all"))
+    if found.mtu > _MTU[2048]:
+        detail = f"mtu {found.mtu} is more than the {_MTU[2048]} that 2048-byte buffers hold ({_MTU[4096]}: 4096)"
+        if nic.kernel() >= (6, 6):
+            findings.append(Finding(text, "ok", f"{detail}: larger packets come in several buffers"))
+        else:
+            cure = f"ip link set {name} mtu 1500; packets in several buffers need kernel 6.6"
+            findings.append(Finding(text, "warning", detail, cure))
     return findings
 
 
-def _vm(text: str, progress: Progress) -> list[Finding]:
+def _vm(text: str, connect: str | None, progress: Progress) -> list[Finding]:
     from ringbar.host import vms
 
     try:
-        return vms.examine(text, progress)
+        return vms.examine(text, connect, progress)
     except Error as e:
         return [Finding(text, "missing", e.message, e.cure)]

@@ -3,38 +3,69 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
-import struct
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
+from ringbar.attach import plugged_clusters
 from ringbar.errors import Error, NotFound
 from ringbar.host import model
 
-MAGIC = 0x315241424752
-"""RB_MAGIC: the first eight bytes of every segment."""
+EMULATORS = Path("/usr/libexec")
+"""Where some systems have QEMU outside of the path."""
 
 
-def plugged_clusters() -> list[int]:
-    """Numbers of the clusters whose memory is plugged into this VM."""
-    from ringbar import guest
+def in_guest() -> bool:
+    """Is this a guest of a ringbar host? It has devices of ours and no cluster of its own.
 
-    found = set()
-    for device in guest.find():
-        with contextlib.suppress(Error, OSError, ValueError):
-            segment = guest.open_segment(device, writable=False)
-            try:
-                with mmap.mmap(
-                    segment.fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ, offset=segment.offset
-                ) as page:
-                    magic, _, _, cluster = struct.unpack("<QIII", page[:20])
-            finally:
-                os.close(segment.fd)
-            if magic == MAGIC:
-                found.add(cluster)
-    return sorted(found)
+    The processor's hypervisor flag does not tell: hosts are VMs themselves in many places.
+    """
+    try:
+        from ringbar import guest
+    except ImportError:
+        return False
+    if not guest.find():
+        return False
+    try:
+        from ringbar.host import native
+
+        return not native.clusters()
+    except (ImportError, Error):  # what is wrong with the library, a check of its own says
+        return True
+
+
+def looks_like_a_guest() -> bool:
+    """Is this a guest, as far as one can tell where nothing may be plugged in yet?
+
+    A VM that has neither what makes a host (a cluster, the agent, QEMU, libvirt) nor a shared memory is one that waits
+    for its first ``ringbar attach``.
+    """
+    from ringbar.host.agent import socket_path
+
+    if in_guest():
+        return True
+    try:
+        from ringbar import guest
+        from ringbar.host import native
+
+        if not guest.is_guest() or native.clusters():
+            return False
+    except (ImportError, Error):
+        return False
+    return not (socket_path().exists() or has_qemu() or has_libvirt())
+
+
+def has_qemu() -> bool:
+    """Is there a QEMU for VMs?"""
+    directories = [Path(d) for d in os.get_exec_path() if d] + [EMULATORS]
+    return any(any(d.glob("qemu-system-*")) or (d / "qemu-kvm").exists() for d in directories)
+
+
+def has_libvirt() -> bool:
+    """Is libvirt installed, or a socket of it here?"""
+    return shutil.which("virsh") is not None or Path("/run/libvirt").exists()
 
 
 def status(cluster: int | None, queue: int | None, sample: float) -> model.Status:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ringbar.cli.common import DONE, FAILED, Output, add_json, examples, plain, seconds, short, table
+from ringbar.cli import worker
+from ringbar.cli.common import DONE, FAILED, Output, add_connect, add_json, examples, plain, seconds, short, table
 from ringbar.host.commands import service, short_queues
 
 if TYPE_CHECKING:
     from ringbar.host import model
 
-SAMPLE = 0.3
+SAMPLE = 0.05
 """Seconds over which ``status`` takes rates."""
 
 
@@ -30,9 +31,9 @@ def _configure_status(parser: argparse.ArgumentParser) -> None:
         "ringbar status",
         "ringbar status 99              one cluster, with its books: who holds which buffers",
         "ringbar status 99@0 --json",
-        "ringbar status qmp:/run/vm1.qmp",
+        "ringbar status ids1            one VM",
     )
-    parser.add_argument("target", metavar="CLUSTER|QUEUE|VM", nargs="?", help="only this")
+    parser.add_argument("target", metavar="CLUSTER|QUEUE|VM|WORKER", nargs="?", help="only this")
     parser.add_argument(
         "--sample",
         type=seconds,
@@ -45,6 +46,8 @@ def _configure_status(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(options: argparse.Namespace, out: Output) -> int:
+    if options.target is not None and any(w["name"] == options.target for w in worker.all_workers(ask=False)):
+        return worker.show(options.target, out)
     with out.progress() as progress:
         now = service().status(options.target, sample=options.sample, progress=progress)
     out.document(now)
@@ -64,9 +67,15 @@ def _status(options: argparse.Namespace, out: Output) -> int:
         blocks.append(_status_queues(queues, guest))
     if guest:
         blocks.append("who is at the ends, and what they hold, is known to the host: ringbar status there")
+    devices = [d for c in now.clusters for d in c.devices]
+    if devices:
+        blocks.append(_status_devices(devices))
     if now.vms:
         blocks.append(_status_vms(now.vms))
-    if options.target is not None:
+    if options.target is None:
+        workers = worker.all_workers(ask=False)
+        blocks += [worker.listed(workers)] if workers else []
+    else:
         blocks += [_status_books(c) for c in now.clusters if c.books]
     out.say("\n\n".join(blocks)) if blocks else None
     return DONE
@@ -98,7 +107,9 @@ def _status_queues(queues: list[model.Queue], guest: bool) -> str:
     for q in queues:
         unseen = guest and not q.packets  # a guest's programs count what they send
         drops = " ".join(f"{reason} {n:,}" for reason, n in q.drops.items() if n) or "0"
-        flags = [word for word, on in (("paused", q.paused), ("direct", q.direct)) if on]
+        flags = [word for word, on in (("paused", q.paused), ("direct", q.direct), ("filtered", q.filter)) if on]
+        if q.feeds:
+            flags.append(f"feeds {q.feeds}")
         if q.stalled:
             flags.append(f"waits for process {q.server_pid}" if q.server_pid else "waits for a server")
         if q.quarantined:
@@ -121,13 +132,28 @@ def _status_queues(queues: list[model.Queue], guest: bool) -> str:
     return table(("QUEUE", "FROM → TO", "PACKETS", "PKT/S", "WAITING", "LENT", "HELD", "DROPS", ""), rows)
 
 
+def _status_devices(devices: list[model.Device]) -> str:
+    rows = [
+        (
+            f"  {d.name}" if d.fed_by else d.name,
+            f"{d.process or 'a program'} (pid {d.pid})" if d.pid else "nobody (ended)",
+            f"{d.mode} by {d.fed_by}" if d.fed_by else d.mode,
+            d.clock,
+            d.rule or "-",
+        )
+        for d in devices
+    ]
+    return table(("DEVICE", "OF", "MODE", "TIMESTAMPS", "TAKES"), rows)
+
+
 def _status_vms(vms: list[model.Attachment]) -> str:
     rows = []
     for vm in vms:
         rx = short_queues([b.queue for b in vm.bindings if b.direction == "rx"]) or "-"
         tx = short_queues([b.queue for b in vm.bindings if b.direction == "tx"]) or "-"
-        rows.append((vm.vm, vm.cluster, vm.state, rx, tx, vm.where or "-", vm.sees))
-    return table(("VM", "CLUSTER", "STATE", "RECEIVES", "SENDS", "AT", "SEES"), rows)
+        waits = "by interrupts" if vm.interrupts else f"polls: {vm.polls}" if vm.polls else "-"
+        rows.append((vm.vm, vm.cluster, vm.state, rx, tx, vm.where or "-", vm.sees, waits))
+    return table(("VM", "CLUSTER", "STATE", "RECEIVES", "SENDS", "AT", "SEES", "WAITS"), rows)
 
 
 def _status_books(status: model.ClusterStatus) -> str:
@@ -165,20 +191,23 @@ def _configure_doctor(parser: argparse.ArgumentParser) -> None:
     parser.epilog = examples(
         "ringbar doctor",
         "ringbar doctor zc:eth1                  a network card",
-        "ringbar doctor qmp:/run/vm1.qmp         a VM",
+        "ringbar doctor ids1                     a VM",
         "ringbar doctor --clean                  remove what dead programs left",
     )
     parser.add_argument("target", metavar="DEVICE|VM", nargs="?", help="examine this too")
     parser.add_argument(
         "--clean", action="store_true", help="remove what dead clusters, programs and VMs left behind"
     )
+    add_connect(parser)
     add_json(parser)
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(options: argparse.Namespace, out: Output) -> int:
     with out.progress() as progress:
-        report = service().doctor(options.target, clean=options.clean, progress=progress)
+        report = service().doctor(
+            options.target, clean=options.clean, connect=options.connect, progress=progress
+        )
     out.document({"good": report.good, **plain(report)})
     for finding in report.findings:
         out.say(f"{finding.state:<8} {finding.check}: {finding.detail}")

@@ -8,6 +8,7 @@ unless the name says otherwise, counts are of packets or buffers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 
 @dataclass
@@ -39,8 +40,8 @@ class Queue:
     credit: int
     direct: bool
     paused: bool
-    producer: End | None
-    consumer: End | None
+    producer: Optional[End]
+    consumer: Optional[End]
     waiting: int
     """Packets in the ring, unread."""
     lent: int
@@ -62,9 +63,13 @@ class Queue:
     received_bytes: int
     stalled: bool
     """The consumer waits until its lender looks at the queue."""
+    filter: Optional[str] = None
+    """Only packets that match this expression are passed on."""
     server_pid: int = 0
     """The lender: the process that serves it. 0: none, or it is dead, or (in a guest) not to be seen."""
-    pps: float | None = None
+    feeds: Optional[str] = None
+    """Made for a program that sends to a VM which another one serves: the queue that is meant."""
+    pps: Optional[float] = None
     """Packets per second, where it was sampled."""
 
 
@@ -82,6 +87,25 @@ class Book:
     quiescing: int
     shared: int
     quarantined: int
+
+
+@dataclass
+class Device:
+    """An open ``zc:`` device, or a program that is fed with part of what one receives."""
+
+    name: str
+    pid: int
+    """0: its process is dead, and the kernel may still hold buffers of it."""
+    process: str
+    mode: str
+    """``zero-copy``, ``driver`` or ``generic``; of who is fed: ``fed``, ``waiting`` or ``refused``."""
+    clock: str
+    """Where timestamps come from."""
+    receives: bool
+    rule: Optional[str]
+    """What it takes from the NIC, ``all`` or an expression; None: it only sends."""
+    fed_by: Optional[str] = None
+    """The queue by which it is fed."""
 
 
 @dataclass
@@ -111,7 +135,7 @@ class Cluster:
     buffers: int
     free: int
     """Buffers that belong to no serving process."""
-    pages: str | None
+    pages: Optional[str]
     pools: int
     lanes: int
     queues: int
@@ -131,6 +155,7 @@ class ClusterStatus:
     cluster: Cluster
     queues: list[Queue] = field(default_factory=list)
     books: list[Book] = field(default_factory=list)
+    devices: list[Device] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
 
 
@@ -155,16 +180,26 @@ class Attachment:
     """``plugging``, ``plugged``, ``ready`` (a program in the VM opened a queue), ``closing`` (the guest was asked
     to let go), ``quarantined`` (taken away by force)."""
     pool: str
-    """``ro`` or ``rw``."""
+    """``ro``, ``rw``, or ``own``: it reads all and writes only a pool of its own."""
     sees: str
     """What the VM can see, for people."""
     bindings: list[Binding] = field(default_factory=list)
     where: str = ""
     """The PCI place it was plugged into."""
+    via: str = ""
+    """How it was plugged: ``QMP``, or ``libvirt's monitor commands``."""
+    uuid: str = ""
+    """libvirt's of the VM; empty where the VM is known by its monitor socket."""
+    uri: str = ""
+    """Of libvirt's connection."""
     lane: int = 0
     identity: str = ""
     """This life of the VM: ``QEMUPID:STARTTIME``."""
     since_ns: int = 0
+    interrupts: bool = False
+    """Both sides sleep until the other rings, as far as a doorbell service runs in the VM; else they poll."""
+    polls: str = ""
+    """Why there are no interrupts: both sides poll."""
 
 
 @dataclass
@@ -182,7 +217,7 @@ class Change:
 class ClusterCreated(Change):
     """Answer of create_cluster."""
 
-    cluster: Cluster | None = None
+    cluster: Optional[Cluster] = None
     queues: list[str] = field(default_factory=list)
     sizing: str = ""
     """How the number of buffers came about."""
@@ -203,10 +238,23 @@ class QueuesChanged(Change):
 
 
 @dataclass
+class Took:
+    """Where the time of an attach went, in milliseconds: from having the VM to itself until it is plugged in."""
+
+    total: float
+    waiting: float
+    """For libvirt, QEMU and the guest."""
+    own: float
+    """The rest: what ringbar itself did."""
+
+
+@dataclass
 class Attached(Change):
     """Answer of attach: one attachment a cluster."""
 
     attachments: list[Attachment] = field(default_factory=list)
+    took: Optional[Took] = None
+    """None where nothing was asked of the VM: it is off."""
 
 
 @dataclass
@@ -221,11 +269,80 @@ class DetachedFrom(Change):
 
 
 @dataclass
+class Migrated(Change):
+    """Answer of migrate."""
+
+    vm: str = ""
+    to: str = ""
+    attachments: list[Attachment] = field(default_factory=list)
+    """What it has there, where that is this host."""
+
+
+@dataclass
+class Step:
+    """One step of a plan."""
+
+    do: str
+    subject: str
+    text: str
+
+
+@dataclass
+class Planned(Change):
+    """Answer of plan and apply; ``changed`` says whether there is anything to do, or was."""
+
+    name: str = ""
+    """The topology's."""
+    steps: list[Step] = field(default_factory=list)
+
+
+@dataclass
+class Port:
+    """An input or an output of a worker."""
+
+    address: str
+    state: str
+    """``open``, ``ended`` or ``failed``."""
+    packets: int
+    bytes: int
+    drops: dict[str, int]
+    """By reason."""
+    group: int = 0
+    """Of an output: which application it belongs to."""
+
+
+@dataclass
+class Worker:
+    """A worker that has a name, by its counters in shared memory."""
+
+    name: str
+    kind: str
+    state: str
+    """``running``, ``paused``, ``ended`` or ``dead``."""
+    pid: int
+    policy: Optional[str]
+    core: Optional[int]
+    since_ns: int
+    packets: int
+    bytes: int
+    dropped: int
+    drops: dict[str, int]
+    bursts: int
+    cycles_busy: int
+    """Of turns that moved something."""
+    cycles_total: int
+    inputs: list[Port] = field(default_factory=list)
+    outputs: list[Port] = field(default_factory=list)
+
+
+@dataclass
 class Status:
     """Answer of status."""
 
     clusters: list[ClusterStatus] = field(default_factory=list)
     vms: list[Attachment] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
+    """Where no cluster, queue or VM was asked for."""
     notes: list[str] = field(default_factory=list)
     sampled_seconds: float = 0.0
     """Over how long the rates were taken."""
@@ -239,7 +356,7 @@ class Finding:
     state: str
     """``ok``, ``warning``, ``missing``."""
     detail: str
-    cure: str | None = None
+    cure: Optional[str] = None
 
 
 @dataclass

@@ -6,6 +6,7 @@ Programs use :class:`ringbar.Cluster`; this is for what administers them. One ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ringbar._c import DROP_REASONS, check, ffi, lib, numbers, structures, text
@@ -17,6 +18,8 @@ _SEGMENT_KINDS = {1: "pool", 2: "lane"}
 _SEGMENT_STATES = ("free", "open", "closing", "gone")
 _PAGES = {1: "4k", 2: "2M", 3: "1G"}
 _PAGE_CODES = {"auto": 0, "4k": 1, "2M": 2, "1G": 3}
+BURST = 64
+"""RB_BURST."""
 RX, TX = 1, 2
 """Directions of a VM's end, as the VM sees them."""
 
@@ -174,6 +177,7 @@ class Handle:
             credit=int(q.credit),
             direct=bool(q.direct),
             paused=bool(q.paused),
+            filter=text(q.filter) or None,
             producer=end(q.producer_pid, q.producer_name, q.producer_vm, q.producer_since),
             consumer=end(q.consumer_pid, q.consumer_name, q.consumer_vm, q.consumer_since),
             waiting=int(q.count),
@@ -190,6 +194,7 @@ class Handle:
             received_bytes=int(q.rx_bytes),
             stalled=bool(q.waiting),
             server_pid=int(q.server_pid),
+            feeds=f"{self.id}@{q.feeds}" if q.feeds >= 0 else None,
         )
 
     def create_queue(self, number: int | None, slots: int, credit: int, direct: bool) -> int:
@@ -208,16 +213,41 @@ class Handle:
         """Pause or resume."""
         check(lib.rb_queue_pause(self._c, number, int(pause)))
 
+    def filter_queue(self, number: int, expression: str | None) -> None:
+        """Set, replace or (None) remove its filter."""
+        check(lib.rb_queue_filter(self._c, number, ffi.NULL if expression is None else expression.encode()))
+
     def books(self) -> list[model.Book]:
         """Who serves buffers, and how many are where."""
         found = structures("rb_book_info", lambda out, n: lib.rb_book_list(self._c, out, n))
         return [model.Book(**book) for book in found]
+
+    def devices(self) -> list[model.Device]:
+        """Open zc: devices, each followed by who is fed with part of what it receives."""
+        found = structures("rb_device_info", lambda out, n: lib.rb_device_list(self._c, out, n))
+        return [
+            model.Device(
+                name=d["name"],
+                pid=d["pid"],
+                process=d["process"],
+                mode=d["mode"],
+                clock=d["clock"],
+                receives=bool(d["receives"]),
+                rule=(d["rule"] or "all") if d["receives"] else None,
+                fed_by=f"{self.id}@{d['queue']}" if d["queue"] >= 0 else None,
+            )
+            for d in found
+        ]
 
     # ---- lanes of VMs
 
     def lane_create(self, vm: str, identity: str) -> int:
         """Make or find the lane of a VM; its segment number."""
         return check(lib.rb_lane_create(self._c, vm.encode(), identity.encode()))
+
+    def lane_pool(self, lane: int, buffers: int) -> int:
+        """Give the VM a pool of its own to transmit from; its number. Before it is bound to send."""
+        return check(lib.rb_lane_pool(self._c, lane, buffers))
 
     def lane_bind(self, lane: int, queue: int, direction: int) -> bool:
         """Give the VM an end of a queue. False: it had it already. Busy: somebody else has."""
@@ -234,6 +264,18 @@ class Handle:
     def lane_remove(self, lane: int, still_mapped: bool = False) -> None:
         """Take home what the VM held, and remove the lane; quarantine it while the guest can still write."""
         check(lib.rb_lane_remove(self._c, lane, int(still_mapped)))
+
+    def lane_reset(self, lane: int) -> None:
+        """The VM was reset: what its programs held comes home."""
+        check(lib.rb_lane_reset(self._c, lane))
+
+    def bell_memory(self, lane: int, fd: int) -> None:
+        """Write into the memory of a doorbell that it is this lane's."""
+        check(lib.rb_bell_memory(self._c, lane, fd))
+
+    def lane_bells(self, lane: int, pid: int, fds: Sequence[int]) -> None:
+        """QEMU has these event descriptors: the host's, then one for each entry of the lane."""
+        check(lib.rb_lane_bells(self._c, lane, pid, list(fds), len(fds)))
 
     def lane_bindings(self, lane: int) -> list[model.Binding]:
         """Which ends the VM holds."""

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plugging one slot of shared-memory functions (ivshmem-plain) into a running VM, and taking it out again.
+"""Plugging one slot of shared-memory functions (ivshmem-plain, a doorbell) into a running VM, and taking it out again.
 
 The life of a slot: memory backends first (QEMU maps them), then functions 1 to 7, last function 0, upon which the
 guest sees all of them at once. Anything that fails on the way is taken back, in the opposite order. To unplug,
 function 0 is asked for; the guest lets go of the whole slot or does not answer, and only when every function is gone
 can the memory be taken away.
 
-Object ids: function ``SLOT.NAME`` and memory ``SLOT.NAME.mem``, where SLOT begins with ``ringbar-``. They alone are
-the record of what is plugged: :meth:`AsyncVm.plugged` asks QEMU for them, so nothing has to be remembered.
+Object ids: function ``SLOT.NAME``, memory ``SLOT.NAME.mem``, a doorbell's character device ``SLOT.NAME.fds``, where
+SLOT begins with ``ringbar-``. They alone are the record of what is plugged: :meth:`AsyncVm.plugged` asks QEMU for
+them, so nothing has to be remembered.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import contextlib
 import dataclasses
 import os
 import re
+import socket
 import stat
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Callable, TypeVar
 
 from ringbar.errors import Busy, Error, Incompatible, NotFound
-from ringbar.qemu.qmp import CommandError, Connection
+from ringbar.qemu import access, libvirt, qmp
+from ringbar.qemu import bell as bells
+from ringbar.qemu.monitor import CommandError, Monitor
 from ringbar.qemu.ready import resume_cure, why_not_ready
 from ringbar.qemu.slots import Place, choose, read_topology
 
@@ -47,6 +51,8 @@ class Function:
     path: str | None = None         #: memory by path, or
     fd: int | None = None           #: by file descriptor; exactly one of the two
     readonly: bool = False          #: the guest can read only; its stores are discarded
+    number: int | None = None       #: 0 to 7 within the slot; None: the lowest that no other asks for. The first is 0
+    bell: bells.Bell | None = None   #: it is a doorbell; its memory is by descriptor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Plugged:
     devices: tuple[str, ...]        #: ids, function 0 first
     backends: tuple[str, ...]
     fdsets: tuple[int, ...] = ()    #: sets of descriptors that QEMU still holds open for it
+    chardevs: tuple[str, ...] = ()  #: of a doorbell
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -68,7 +75,7 @@ class Plugged:
     def from_dict(cls, data: dict[str, Any]) -> Plugged:
         """The inverse of :meth:`as_dict`, also after a turn through JSON."""
         return cls(str(data["slot"]), str(data["bus"]), str(data["addr"]), tuple(data["devices"]),
-                   tuple(data["backends"]), tuple(data.get("fdsets", ())))
+                   tuple(data["backends"]), tuple(data.get("fdsets", ())), tuple(data.get("chardevs", ())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,19 @@ class VmInfo:
     accelerator: str                #: "kvm", "tcg" or "other"
 
 
+def numbers(functions: Sequence[Function]) -> list[int]:
+    """The number of each function within the slot.
+
+    :raise Error: ``bad-slot``: two of the same, one that does not exist, or a first one that is not 0.
+    """
+    asked = [f.number for f in functions if f.number is not None]
+    free = (n for n in range(8) if n not in asked)
+    found = [next(free, 8) if f.number is None else f.number for f in functions]
+    if len(set(found)) != len(found) or found[0] != 0 or not all(0 <= n <= 7 for n in found):
+        raise Error(f"functions {', '.join(map(str, found))} do not make up a PCI slot", code="bad-slot")
+    return found
+
+
 def check_functions(slot: str, functions: Sequence[Function]) -> None:
     """Refuses what cannot work before anything is touched.
 
@@ -96,6 +116,7 @@ def check_functions(slot: str, functions: Sequence[Function]) -> None:
     if not 1 <= len(functions) <= 8:
         raise Error(f"a PCI slot holds 1 to 8 functions, not {len(functions)}", code="bad-slot",
                     cure="use fewer lanes or pools per VM")
+    numbers(functions)
     names = [f.name for f in functions]
     if len(set(names)) != len(names) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,40}", n) for n in names):
         raise Error(f"function names must be different words: {', '.join(names)}", code="bad-slot")
@@ -125,14 +146,31 @@ def check_functions(slot: str, functions: Sequence[Function]) -> None:
 class AsyncVm:
     """A running VM, for asyncio programs. One operation at a time; :class:`Vm` is the same for everybody else."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Monitor) -> None:
         self._connection = connection
         self._lock = asyncio.Lock()
 
     @classmethod
-    async def connect(cls, address: str, timeout: float = 5.0) -> AsyncVm:
-        """Connects to ``qmp:/path`` or ``/path``; errors as :meth:`ringbar.qemu.qmp.Connection.open`."""
-        return cls(await Connection.open(address, timeout))
+    async def connect(cls, address: str, timeout: float = 5.0, *, uri: str | None = None) -> AsyncVm:
+        """Connects to a running VM: ``qmp:/path`` or ``/path``, else a name or UUID that libvirt knows.
+
+        :param uri: of libvirt's connection; None: the usual one.
+        :raise Error: those of :meth:`ringbar.qemu.qmp.Connection.open` and
+            :meth:`ringbar.qemu.libvirt.Connection.open`.
+        """
+        if uri is None and address.startswith(("qmp:", "/")):
+            return cls(await qmp.Connection.open(address, timeout))
+        return cls(await libvirt.Connection.open(address, uri, timeout))
+
+    @property
+    def via(self) -> str:
+        """How QEMU is reached, for people."""
+        return self._connection.via
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for libvirt, QEMU and the guest."""
+        return self._connection.waited
 
     async def close(self) -> None:
         """Ends the session; what is plugged stays plugged."""
@@ -180,6 +218,10 @@ class AsyncVm:
                 found.append(f"{net[2]} {net[1]}")
         return found
 
+    async def no_bell(self) -> bells.Refusal | None:
+        """Why this VM should have no doorbell; None: it can."""
+        return await bells.refusal(self._connection)
+
     async def bars(self, plugged: Plugged) -> dict[str, int | None]:
         """Where the guest has placed each function's memory: device id -> guest physical address of BAR 2; None
         until the guest has assigned it (on q35 a port's window may be too small: the guest has to rescue it)."""
@@ -209,6 +251,11 @@ class AsyncVm:
         for name in await self._objects():
             if name.startswith(PREFIX):
                 slots.setdefault(name.partition(".")[0], ([], []))[1].append(name)
+        chardevs: dict[str, list[str]] = {}
+        for name in await bells.chardevs(self._connection, PREFIX):
+            slot = name.partition(".")[0]
+            chardevs.setdefault(slot, []).append(name)
+            slots.setdefault(slot, ([], []))
         fdsets: dict[str, list[int]] = {}
         for entry in await self._connection.execute("query-fdsets"):
             for opened in entry["fds"]:
@@ -218,7 +265,7 @@ class AsyncVm:
                     slots.setdefault(slot, ([], []))
         return [
             Plugged(slot, *where.get(slot, ("", "")), tuple(name for _, name in sorted(devices)),
-                    tuple(sorted(backends)), tuple(fdsets.get(slot, ())))
+                    tuple(sorted(backends)), tuple(fdsets.get(slot, ())), tuple(chardevs.get(slot, ())))
             for slot, (devices, backends) in sorted(slots.items())
         ]
 
@@ -259,7 +306,8 @@ class AsyncVm:
         said = None
         while True:
             topology = await read_topology(self._connection)
-            place = choose(topology, sizes, use_last_slot=use_last_slot)
+            place = choose(topology, sizes, use_last_slot=use_last_slot,
+                           libvirt_name=self._connection.libvirt_name)
             reason = await why_not_ready(self._connection, topology, place)
             if reason is None:
                 return place
@@ -269,60 +317,83 @@ class AsyncVm:
             if time.monotonic() >= deadline:
                 raise Error(f"nothing was plugged within {timeout:g} s: {reason}", code="guest-not-ready",
                             cure=resume_cure(reason))
-            await asyncio.sleep(min(POLL, max(0.0, deadline - time.monotonic())))
+            with self._connection.waiting():
+                await asyncio.sleep(min(POLL, max(0.0, deadline - time.monotonic())))
 
     async def _plug(self, slot: str, functions: Sequence[Function], place: Place) -> Plugged:
         devices = [f"{slot}.{f.name}" for f in functions]
         made: list[str] = []
         added: list[str] = []
         fdsets: list[int] = []
+        chardevs: list[str] = []
+        offered: dict[str, socket.socket] = {}
         try:
             for function, device in zip(functions, devices):
+                if function.bell is not None and function.fd is not None:
+                    chardevs.append(f"{device}.fds")
+                    offered[device] = await bells.offer(self._connection, chardevs[-1], function.bell, function.fd)
+                    continue
                 memory = function.path
                 if function.fd is not None:
                     fdset, number = await self._connection.add_fd(function.fd, device)
                     fdsets.append(fdset)
                     memory = f"/proc/self/fd/{number}"
                 made.append(f"{device}.mem")        # before it is known to exist: the answer itself may be lost
-                await self._connection.execute(
-                    "object-add", qom_type="memory-backend-file", id=f"{device}.mem", mem_path=memory,
-                    size=function.size, share=True, readonly=function.readonly)
+                with contextlib.ExitStack() as opened:
+                    if function.fd is not None and self._connection.pid:
+                        opened.enter_context(
+                            access.openable(function.fd, self._connection.pid, function.readonly, function.name))
+                    await self._connection.execute(
+                        "object-add", qom_type="memory-backend-file", id=f"{device}.mem", mem_path=memory,
+                        size=function.size, share=True, readonly=function.readonly)
             # QEMU has mapped the memory by now; its copies of the descriptors have done their work.
             await self._drop_fdsets(fdsets)
             fdsets.clear()
-            for number, device in reversed(list(enumerate(devices))):
+            for number, device in sorted(zip(numbers(functions), devices), reverse=True):
                 added.append(device)
-                await self._add_device(device, place, number, multifunction=len(devices) > 1)
+                await self._add_device(device, place, number, device in offered, multifunction=len(devices) > 1)
+                if device in offered:
+                    await bells.taken(offered[device])
         except BaseException as err:
-            left = await self._rollback(added, made, fdsets)
+            left = await self._rollback(added, made, fdsets, chardevs)
             if isinstance(err, CommandError):
-                raise _refusal(err, functions, left) from None
+                raise _refusal(err, self._connection.pid, left) from None
             if left and isinstance(err, Error):
                 raise Error(f"{err.message}; could not be taken back yet: {', '.join(left)}", code=err.code,
                             cure="run: ringbar detach VM") from None
             raise
-        return Plugged(slot, place.bus, f"{place.slot:x}", tuple(devices), tuple(made))
+        finally:
+            for ours in offered.values():
+                ours.close()
+        return Plugged(slot, place.bus, f"{place.slot:x}", tuple(devices), tuple(made), chardevs=tuple(chardevs))
 
-    async def _add_device(self, device: str, place: Place, number: int, *, multifunction: bool) -> None:
+    async def _add_device(
+        self, device: str, place: Place, number: int, rings: bool, *, multifunction: bool
+    ) -> None:
+        what: dict[str, Any] = {"driver": "ivshmem-plain", "memdev": f"{device}.mem"}
+        if rings:
+            what = {"driver": "ivshmem-doorbell", "chardev": f"{device}.fds", "vectors": bells.VECTORS}
         await self._connection.execute(
-            "device_add", driver="ivshmem-plain", id=device, memdev=f"{device}.mem", bus=place.bus,
-            addr=place.addr(number), multifunction=multifunction)
+            "device_add", id=device, bus=place.bus, addr=place.addr(number), multifunction=multifunction, **what)
 
     async def _drop_fdsets(self, fdsets: Sequence[int]) -> None:
         for fdset in fdsets:
             with contextlib.suppress(CommandError):     # gone already: QEMU drops sets nobody uses
                 await self._connection.execute("remove-fd", fdset_id=fdset)
 
-    async def _rollback(self, devices: Sequence[str], backends: Sequence[str], fdsets: Sequence[int]) -> list[str]:
+    async def _rollback(
+        self, devices: Sequence[str], backends: Sequence[str], fdsets: Sequence[int], chardevs: Sequence[str]
+    ) -> list[str]:
         """Takes back what a failed plug has made. :return: ids that would not go; empty when the VM has died."""
         try:
             await self._remove_devices(devices, ROLLBACK_TIMEOUT)
             await self._drop_fdsets(fdsets)
-            return await self._remove_backends(backends)
+            left = await bells.remove(self._connection, list(chardevs))
+            return [*left, *await self._remove_backends(backends)]
         except Error as err:
             if err.code == "vm-died":
                 return []
-            return [*devices, *backends]
+            return [*devices, *backends, *chardevs]
 
     async def unplug(self, plugged: Plugged, *, timeout: float = 30) -> None:
         """Asks the guest to let go of the slot, waits until it has, then takes the memory away.
@@ -345,6 +416,7 @@ class AsyncVm:
                 )
             await self._drop_fdsets(plugged.fdsets)
             stuck = await self._remove_backends(plugged.backends)
+            stuck += await bells.remove(self._connection, list(plugged.chardevs))
             if stuck:
                 raise Error(f"QEMU still uses the memory {', '.join(stuck)}", code="unplug-refused",
                             cure="run the command again")
@@ -367,7 +439,8 @@ class AsyncVm:
                     await self._request(left)
                 try:
                     wait = min(deadline, asked + REPEAT) - time.monotonic()
-                    event = await asyncio.wait_for(events.get(), max(0.01, min(wait, 1.0)))
+                    with self._connection.waiting():
+                        event = await asyncio.wait_for(events.get(), max(0.01, min(wait, 1.0)))
                     data = event["data"]
                     if event["event"] == "DEVICE_UNPLUG_GUEST_ERROR" and isinstance(data, dict):
                         if data.get("device") in devices:
@@ -409,14 +482,16 @@ class AsyncVm:
         return list(await self._connection.qom_list("/objects"))
 
 
-def _refusal(err: CommandError, functions: Sequence[Function], left: Sequence[str]) -> Error:
+def _refusal(err: CommandError, pid: int, left: Sequence[str]) -> Error:
     """QEMU's refusal in our words, with a cure where the cause is a known one."""
     said = err.message
     code, cure = "plug-failed", None
-    if "Permission denied" in said or "Operation not permitted" in said:
+    if "Operation not permitted" in said:
+        code, cure = "no-permission", "the memory is sealed against writing: plug it read-only"
+    elif "Permission denied" in said:
         code = "no-permission"
-        cure = ("make the memory readable and writable for the user that runs QEMU" if any(f.path for f in functions)
-                else "the memory is sealed against writing: plug it read-only")
+        cure = (f"QEMU runs as {access.user_of(pid)}, which must be able to open the memory; where AppArmor or SELinux "
+                "confines it, ringbar doctor VM has the lines to add")
     elif "Cannot allocate memory" in said:
         code, cure = "no-memory", "see free memory and huge pages: ringbar doctor"
     elif "No such file" in said:
@@ -435,11 +510,11 @@ class Vm:
         self._loop = loop
 
     @classmethod
-    def connect(cls, address: str, timeout: float = 5.0) -> Vm:
+    def connect(cls, address: str, timeout: float = 5.0, *, uri: str | None = None) -> Vm:
         """See :meth:`AsyncVm.connect`."""
         loop = asyncio.new_event_loop()
         try:
-            return cls(_run(loop, AsyncVm.connect(address, timeout)), loop)
+            return cls(_run(loop, AsyncVm.connect(address, timeout, uri=uri)), loop)
         except BaseException:
             loop.close()
             raise
@@ -456,6 +531,16 @@ class Vm:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def via(self) -> str:
+        """See :attr:`AsyncVm.via`."""
+        return self._vm.via
+
+    @property
+    def waited(self) -> float:
+        """See :attr:`AsyncVm.waited`."""
+        return self._vm.waited
+
     def info(self) -> VmInfo:
         """See :meth:`AsyncVm.info`."""
         return _run(self._loop, self._vm.info())
@@ -463,6 +548,10 @@ class Vm:
     def neighbours(self) -> list[str]:
         """See :meth:`AsyncVm.neighbours`."""
         return _run(self._loop, self._vm.neighbours())
+
+    def no_bell(self) -> bells.Refusal | None:
+        """See :meth:`AsyncVm.no_bell`."""
+        return _run(self._loop, self._vm.no_bell())
 
     def bars(self, plugged: Plugged) -> dict[str, int | None]:
         """See :meth:`AsyncVm.bars`."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest images: a small Debian 12 with Debian's stock cloud kernel, built once from packages and kept in a cache.
+"""Guest images: a small Debian 12 (or another release) with Debian's stock cloud kernel, built once from packages and
+kept in a cache.
 
 What makes it start fast, also without hardware virtualisation:
 
@@ -21,6 +22,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import pathlib
 import shutil
@@ -47,7 +49,11 @@ PACKAGES = (
     "pciutils",
     "python3",
     "python3-cffi-backend",
+    "udev",
 )
+
+#: What other suites call some of them.
+RENAMED = {"trixie": {"libpcap0.8": "libpcap0.8t64"}}
 
 #: What the initial ram disk loads, after what these need.
 BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_net")
@@ -146,18 +152,20 @@ def _say(text: str) -> None:
     print(f"ringbar image: {text}", file=sys.stderr, flush=True)
 
 
-def recipe(*, numpy: bool = False, packages: Sequence[str] = ()) -> dict[str, object]:
+def recipe(*, numpy: bool = False, packages: Sequence[str] = (), suite: str = SUITE) -> dict[str, object]:
     """Everything that decides what an image holds; its hash is the image's name.
 
     :param numpy: put Debian's python3-numpy in (55 MiB more on disk, no boot time).
     :param packages: more Debian packages.
+    :param suite: the release of Debian, by its code name.
     """
     more = (*packages, *(("python3-numpy",) if numpy else ()))
+    renamed = RENAMED.get(suite, {})
     return {
-        "suite": SUITE,
+        "suite": suite,
         "mirror": os.environ.get("RINGBAR_MIRROR", ""),
         "kernel_package": KERNEL_PACKAGE,
-        "packages": sorted({*PACKAGES, *more}),
+        "packages": sorted({renamed.get(name, name) for name in (*PACKAGES, *more)}),
         "init": _INIT,
         "boot": _boot_text(),
         "inittab": _INITTAB,
@@ -170,12 +178,12 @@ def _boot_text() -> str:
     return _BOOT.format(address=GUEST_ADDRESS, gateway=GUEST_GATEWAY, mark=UP_MARK.decode())
 
 
-def ensure(*, numpy: bool = False, packages: Sequence[str] = ()) -> Image:
+def ensure(*, numpy: bool = False, packages: Sequence[str] = (), suite: str = SUITE) -> Image:
     """The image of this recipe: from the cache, else built now (about a minute; says so on standard error).
 
     :raises Error: not root, a tool is missing, or a package cannot be fetched.
     """
-    what = recipe(numpy=numpy, packages=packages)
+    what = recipe(numpy=numpy, packages=packages, suite=suite)
     name = "guest-" + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     cache = cache_directory()
     final = cache / name
@@ -243,7 +251,8 @@ def _build(aside: pathlib.Path, what: dict[str, object]) -> None:
     kernel.mkdir()
     packages = what["packages"]
     assert isinstance(packages, list)
-    _say(f"making a Debian 12 guest of {len(packages)} packages and what they need; about a minute, only once")
+    guest = f"a guest of Debian {what['suite']}"
+    _say(f"making {guest} of {len(packages)} packages and what they need; about a minute, only once")
     # The kernel is fetched and unpacked beside the root, not installed into it: installing would bring
     # initramfs-tools and build a ram disk that is thrown away. $MMDEBSTRAP_APT_CONFIG: apt as for the new root.
     fetch = (
@@ -256,7 +265,7 @@ def _build(aside: pathlib.Path, what: dict[str, object]) -> None:
         "--aptopt=APT::Install-Recommends false", "--aptopt=Acquire::Languages none",
         "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
         "--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=path-exclude=/usr/share/info/*",
-        f"--customize-hook={fetch}", SUITE, os.fspath(root),
+        f"--customize-hook={fetch}", str(what["suite"]), os.fspath(root),
     ]  # fmt: skip
     if what["mirror"]:
         command.append(str(what["mirror"]))
@@ -279,11 +288,12 @@ def _build(aside: pathlib.Path, what: dict[str, object]) -> None:
 def _kernel(aside: pathlib.Path, root: pathlib.Path, kernel: pathlib.Path, what: dict[str, object]) -> None:
     for package in kernel.glob("*.deb"):
         _run(["dpkg-deb", "-x", package, kernel])
-    releases = sorted(path.name for path in (kernel / "lib/modules").iterdir())
+    modules = next(path for path in (kernel / "lib/modules", kernel / "usr/lib/modules") if path.is_dir())
+    releases = sorted(path.name for path in modules.iterdir())
     if len(releases) != 1:
         raise Error(f"expected one kernel, the package brought {releases}", code="image-build-failed")
     shutil.copyfile(kernel / f"boot/vmlinuz-{releases[0]}", aside / "vmlinuz")
-    shutil.copytree(kernel / "lib/modules", root / "usr/lib/modules", symlinks=True)
+    shutil.copytree(modules, root / "usr/lib/modules", symlinks=True)
     _run(["chroot", root, "/bin/busybox", "depmod", releases[0]])
     what["kernel"] = releases[0]
 
@@ -292,7 +302,7 @@ def _configure(aside: pathlib.Path, root: pathlib.Path) -> None:
     for name, comment in (("id_ed25519", "ringbar guest login"), ("host_ed25519", "ringbar guest")):
         _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", aside / name])
     ssh = root / "root/.ssh"
-    ssh.mkdir(mode=0o700)
+    ssh.mkdir(mode=0o700, exist_ok=True)
     shutil.copyfile(aside / "id_ed25519.pub", ssh / "authorized_keys")
     (ssh / "authorized_keys").chmod(0o600)
     shutil.copyfile(aside / "host_ed25519", root / "tmp/host_ed25519")
@@ -336,7 +346,7 @@ def _load_order(dependencies: str, wanted: Sequence[str]) -> list[str]:
             order.append(file)
 
     for name in wanted:
-        found = [file for file in needs if pathlib.PurePath(file).name == f"{name}.ko"]
+        found = [file for file in needs if pathlib.PurePath(file).name in (f"{name}.ko", f"{name}.ko.xz")]
         if not found:
             raise Error(f"this kernel has no module {name}", code="image-build-failed")
         load(found[0])
@@ -350,10 +360,15 @@ def _initrd(aside: pathlib.Path, root: pathlib.Path) -> None:
     shutil.copyfile(root / "bin/busybox", tree / "bin/busybox")
     (tree / "bin/busybox").chmod(0o755)
     (modules,) = (root / "usr/lib/modules").iterdir()
-    order = _load_order((modules / "modules.dep").read_text(), BOOT_MODULES)
-    for module in order:
-        shutil.copy(modules / module, tree)
-    (tree / "modules").write_text("".join(f"{pathlib.PurePath(module).name}\n" for module in order))
+    built_in = {pathlib.PurePath(line).stem for line in (modules / "modules.builtin").read_text().splitlines()}
+    wanted = [name for name in BOOT_MODULES if name not in built_in]
+    order = _load_order((modules / "modules.dep").read_text(), wanted)
+    names = []
+    for module in map(pathlib.PurePath, order):
+        names.append(module.name.removesuffix(".xz"))
+        whole = (modules / module).read_bytes()
+        (tree / names[-1]).write_bytes(lzma.decompress(whole) if module.suffix == ".xz" else whole)
+    (tree / "modules").write_text("".join(f"{name}\n" for name in names))
     _script(tree / "init", _INIT)
     os.mknod(tree / "dev/console", 0o600 | 0o020000, os.makedev(5, 1))
     pack = "cd /tmp/initrd && busybox find . | busybox cpio -o -H newc > /tmp/initrd.cpio"

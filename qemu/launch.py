@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -76,6 +77,7 @@ class Guest:
         self.name = name
         self.image = image
         self.directory = directory
+        self._lock = _hold(directory)
         #: The QMP socket, for the one client that plugs devices.
         self.qmp = directory / "qmp"
         #: The serial console of all boots so far.
@@ -409,6 +411,9 @@ class Guest:
                 stdin=subprocess.DEVNULL, capture_output=True, timeout=30,
             )  # fmt: skip
         shutil.rmtree(self.directory, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> Guest:
         return self
@@ -428,12 +433,26 @@ def _root_bus(machine: str, slot: int) -> str:
     return f",bus={bus},addr={slot:#x}"
 
 
+def _hold(directory: pathlib.Path) -> int | None:
+    """A descriptor with a lock on a directory, which whoever lives has on its own; None: somebody has it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
 def _sweep() -> None:
-    """Remove directories left by processes that were killed."""
+    """Remove directories left by processes that were killed: they have no lock, and a process id that is not to be
+    seen, which alone may be one in another pid name space."""
     for path in pathlib.Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         pid = path.name[len(_PREFIX) :].partition("-")[0]
-        if pid.isdigit() and not pathlib.Path("/proc", pid).exists():
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it went meanwhile
+            if pid.isdigit() and not pathlib.Path("/proc", pid).exists() and (lock := _hold(path)) is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
 
 
 def _pack(files: Mapping[str, str | os.PathLike[str]], out: IO[bytes]) -> None:

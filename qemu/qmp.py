@@ -25,17 +25,9 @@ from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClien
 from qemu.qmp.protocol import ConnectError, StateError
 from qemu.qmp.qmp_client import GreetingError
 from ringbar.errors import BadAddress, Busy, Error, NotFound
+from ringbar.qemu.monitor import COMMAND_TIMEOUT, CommandError, Monitor, named
 
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())    # errors are reported by us, once
-
-#: Seconds that QEMU may take to answer one command. Its main loop can be held up by large memory being mapped.
-COMMAND_TIMEOUT = 30.0
-
-
-class CommandError(Error):
-    """QEMU understood a command and refused it. ``message`` is QEMU's own sentence."""
-
-    default_code = "qemu-refused"
 
 
 def parse_address(address: str) -> str:
@@ -52,16 +44,6 @@ def parse_address(address: str) -> str:
             cure="make a symbolic link with a shorter path and give that",
         )
     return path
-
-
-def process_start(pid: int) -> int | None:
-    """When a process was started, in clock ticks since boot; None when it is gone (or a zombie)."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            fields = stat.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def _listener_pid(path: str) -> int | None:
@@ -114,19 +96,17 @@ def _not_qmp(path: str, said: bytes) -> Error:
     )
 
 
-class Connection:
+class Connection(Monitor):
     """One QMP session. Use :meth:`open`, then ``await close()``."""
 
+    via = "QMP"
+
     def __init__(self, path: str, client: QMPClient, sock: socket.socket) -> None:
-        self.path = path
-        self._client = client
         pid = _listener_pid(path)
         if pid is None:
             pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-        #: QEMU's process, 0 when it runs where we cannot see it (another pid namespace).
-        self.pid: int = pid
-        #: When that process was started, clock ticks since boot.
-        self.start_time: int | None = process_start(pid) if pid else None
+        super().__init__(path, pid)
+        self._client = client
 
     @classmethod
     async def open(cls, address: str, timeout: float = 5.0) -> Connection:
@@ -147,13 +127,16 @@ class Connection:
         try:
             client_sock = sock.dup()       # the client closes its own when it fails; peer questions need one still
             client_sock.setblocking(False)
+            began = time.monotonic()
             try:
                 await asyncio.wait_for(client.connect(client_sock), max(0.1, deadline - time.monotonic()))
             except (asyncio.TimeoutError, TimeoutError):
                 raise cls._silent(path, own_inode, timeout) from None
             except ConnectError as err:
                 raise cls._refused(path, err) from None
+            greeted = time.monotonic()
             connection = cls(path, client, sock)
+            connection.waited = greeted - began
             return connection
         finally:
             sock.close()
@@ -238,74 +221,51 @@ class Connection:
         with contextlib.suppress(QMPError, OSError, EOFError):
             await self._client.disconnect()
 
-    def alive(self) -> bool:
-        """False once the QEMU process that we connected to has ended."""
-        return self.start_time is not None and process_start(self.pid) == self.start_time
-
-    async def lost(self) -> Error:
-        """The error for a session that broke: QEMU has died, or only the connection is gone."""
-        for _ in range(40):         # a dying process closes its sockets a moment before it is gone
-            if not self.alive():
-                return Error(f"the VM behind {self.path} ended in the middle of this", code="vm-died",
-                             cure="start the VM and run the command again")
-            await asyncio.sleep(0.05)
-        return Error(f"the monitor connection to {self.path} broke, the VM still runs", code="monitor-lost",
-                     cure="run the command again")
-
     async def execute(self, command: str, timeout: float = COMMAND_TIMEOUT, **arguments: Any) -> Any:
         """What QEMU answers. Underscores in argument names become hyphens.
 
         :raise CommandError: QEMU refused.
         :raise Error: ``vm-died``, ``monitor-lost`` or ``monitor-hangs``.
         """
-        named = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
-            return await asyncio.wait_for(self._client.execute(command, named or None), timeout)
+            with self.waiting():
+                return await asyncio.wait_for(self._client.execute(command, named(arguments) or None), timeout)
         except ExecuteError as err:
             raise CommandError(str(err)) from None
         except (asyncio.TimeoutError, TimeoutError):
-            raise Error(f"the VM behind {self.path} does not answer its monitor ({command}, {timeout:g} s)",
-                        code="monitor-hangs", cure="see whether QEMU is stopped or waits for its disk") from None
+            raise self.hangs(command, timeout) from None
         except (ExecInterruptedError, StateError, EOFError, OSError):
             raise await self.lost() from None
 
-    async def hmp(self, line: str) -> str:
-        """The text that a human monitor command prints."""
-        return str(await self.execute("human-monitor-command", command_line=line))
-
     async def add_fd(self, fd: int, opaque: str) -> tuple[int, int]:
-        """Gives QEMU a descriptor. :return: the number of the set, and QEMU's own number of the descriptor."""
+        """See :meth:`Monitor.add_fd`."""
+        await self._send_fd(fd, "add-fd")
+        answer = await self.execute("add-fd", opaque=opaque)
+        return int(answer["fdset-id"]), int(answer["fd"])
+
+    async def get_fd(self, fd: int, name: str) -> None:
+        """See :meth:`Monitor.get_fd`."""
+        await self._send_fd(fd, "getfd")
+        await self.execute("getfd", fdname=name)
+
+    async def _send_fd(self, fd: int, command: str) -> None:
         deadline = time.monotonic() + COMMAND_TIMEOUT
         while True:
             try:
                 self._client.send_fd_scm(fd)
-                break
+                return
             except BlockingIOError:         # the socket's buffer is full: QEMU is busy
                 if time.monotonic() > deadline:
-                    raise Error(f"the VM behind {self.path} does not read its monitor", code="monitor-hangs",
-                                cure="see whether QEMU is stopped or waits for its disk") from None
+                    raise self.hangs(command, COMMAND_TIMEOUT) from None
                 await asyncio.sleep(0.01)
             except (StateError, OSError):
                 raise await self.lost() from None
-        answer = await self.execute("add-fd", opaque=opaque)
-        return int(answer["fdset-id"]), int(answer["fd"])
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[EventListener]:
         """Collects the named events from now on."""
         with self._client.listener(names) as listener:
             yield listener
-
-    async def qom_list(self, path: str) -> dict[str, str]:
-        """Name -> type of the object's properties."""
-        return {p["name"]: p["type"] for p in await self.execute("qom-list", path=path)}
-
-    async def qom_get(self, path: str, name: str, default: Any = None) -> Any:
-        """A property's value, ``default`` when the object has no such property (or cannot say)."""
-        try:
-            return await self.execute("qom-get", path=path, property=name)
-        except CommandError:
-            return default
 
 
 def _is_socket(path: str) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 
-from ringbar.qemu.qmp import CommandError, Connection
+from ringbar.qemu.monitor import CommandError, Monitor
 from ringbar.qemu.slots import Place, Topology
 
 _PCI_HOTPLUG_EVENT = 1 << 1         # GPE0 event 1 in QEMU's ACPI tables (_E01)
@@ -33,7 +33,6 @@ _NOT_LISTENING = "the guest's operating system runs but does not listen for PCI 
 #: Run states and what to say of them.
 _STOPPED = {
     "paused": "the VM is paused",
-    "prelaunch": "the VM was started paused (-S) and not resumed yet",
     "inmigrate": "the VM is arriving by migration",
     "finish-migrate": "the VM is leaving by migration",
     "postmigrate": "the VM has left by migration",
@@ -44,9 +43,11 @@ _STOPPED = {
 }
 
 
-async def why_not_ready(connection: Connection, topology: Topology, place: Place) -> str | None:
+async def why_not_ready(connection: Monitor, topology: Topology, place: Place) -> str | None:
     """Why nothing can be plugged into this place now, as a sentence; None when it can."""
     state = str((await connection.execute("query-status"))["status"])
+    if state == "prelaunch":  # started with -S: no instruction has run yet, and the firmware will find what is there
+        return None
     if state != "running":
         return _STOPPED.get(state, f"the VM is in state {state}")
     if topology.acpi:
@@ -77,7 +78,7 @@ def mapped_at(mtree: str, name: str) -> tuple[int, int] | None:
     return None
 
 
-async def _acpi_event_enabled(connection: Connection) -> bool:
+async def _acpi_event_enabled(connection: Monitor) -> bool:
     region = mapped_at(await connection.hmp("info mtree"), "acpi-gpe0")
     if region is None or region[0] < 0x100:         # q35: not yet placed by the firmware
         return False
@@ -87,7 +88,7 @@ async def _acpi_event_enabled(connection: Connection) -> bool:
     return value not in (None, 0xFF) and bool((value or 0) & _PCI_HOTPLUG_EVENT)
 
 
-async def _port_interrupt_enabled(connection: Connection, devfn: int) -> bool:
+async def _port_interrupt_enabled(connection: Monitor, devfn: int) -> bool:
     region = mapped_at(await connection.hmp("info mtree"), "pcie-mmcfg-mmio")
     if region is None:
         return False
@@ -104,7 +105,7 @@ async def _port_interrupt_enabled(connection: Connection, devfn: int) -> bool:
     return False
 
 
-async def _in_kernel(connection: Connection) -> bool:
+async def _in_kernel(connection: Monitor) -> bool:
     try:
         return kernel_registers(await connection.hmp("info registers"))
     except CommandError:

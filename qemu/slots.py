@@ -11,10 +11,12 @@ and before that puts everything on bus 0.
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 from collections.abc import Sequence
 
 from ringbar.errors import Error
-from ringbar.qemu.qmp import Connection
+from ringbar.qemu.monitor import Monitor
 
 #: A property that was not given on QEMU's command line.
 _UNSET = 2**64 - 1
@@ -50,12 +52,12 @@ class Topology:
 
     machine: str                    #: "pc" or "q35"
     total: int                      #: places that can be hot-plugged into, free or not
-    free: tuple[Place, ...]         #: in QEMU's order
+    free: tuple[Place, ...]         #: in the order of their making
     devices: tuple[Device, ...]
     acpi: bool                      #: hot-plug goes through ACPI (else through the port's own registers)
 
 
-async def read_topology(connection: Connection) -> Topology:
+async def read_topology(connection: Monitor) -> Topology:
     """Asks the VM for its PCI devices.
 
     :raise Error: ``no-hotplug``: neither ``-M pc`` nor ``-M q35``.
@@ -78,7 +80,8 @@ async def read_topology(connection: Connection) -> Topology:
     while todo:
         bus_path = todo.pop(0)
         bus = bus_path.rpartition("/")[2]
-        for name in [n for n in await connection.qom_list(bus_path) if n.startswith("child[")]:
+        taken = [n for n in await connection.qom_list(bus_path) if n.startswith("child[")]
+        for name in sorted(taken, key=lambda child: int(child[6:-1])):      # as they were made; QEMU shuffles them
             path = await connection.qom_get(bus_path, name)
             if not path:
                 continue
@@ -103,35 +106,63 @@ async def read_topology(connection: Connection) -> Topology:
     return Topology(machine, total, tuple(places), tuple(devices), acpi)
 
 
-def choose(topology: Topology, sizes: Sequence[int], *, use_last_slot: bool = False) -> Place:
+def choose(
+    topology: Topology, sizes: Sequence[int], *, use_last_slot: bool = False, libvirt_name: str | None = None
+) -> Place:
     """The place to plug functions of these sizes (bytes) into.
 
     On q35 a port whose reserved window is large enough is preferred (the smallest such), since the guest's kernel
-    cannot enlarge a window for a BAR; otherwise the last port, since libvirt takes the first.
+    cannot enlarge a window for a BAR; otherwise the last port. In a VM of libvirt it is the last in any case: libvirt
+    does not know what is plugged in by us, takes its lowest place that it thinks free, and gives up when it is not.
 
+    :param libvirt_name: of a VM that libvirt runs.
     :raise Error: ``no-free-slot``; ``last-slot`` when only one is left and ``use_last_slot`` is not set.
     """
     where = "root port" if topology.machine == "q35" else "PCI slot"
     if not topology.free:
-        if topology.machine == "pc":
-            cure = ("unplug a device the VM does not need" if topology.total else
-                    "start the VM without -global PIIX4_PM.acpi-root-pci-hotplug=off")
-        else:
-            cure = (
-                "start the VM with one more, QEMU: -device pcie-root-port,id=ringbar0,chassis=90,pref64-reserve=1G; "
-                "libvirt: <controller type='pci' model='pcie-root-port'/> in <devices>"
-            )
-        raise Error(f"the VM has no free hot-plug {where} (of {topology.total})", code="no-free-slot", cure=cure)
+        raise Error(f"the VM has no free hot-plug {where} (of {topology.total})", code="no-free-slot",
+                    cure=cure_for_none(topology, libvirt_name))
     if len(topology.free) == 1 and not use_last_slot:
+        cure = "give --use-last-slot to take it"
+        if topology.machine == "q35":
+            cure += f", or {more_ports(libvirt_name)}"
         raise Error(
             f"only one free hot-plug {where} is left in the VM (of {topology.total}); libvirt or you may need it",
-            code="last-slot", cure="give --use-last-slot to take it, or add root ports to the VM"
-            if topology.machine == "q35" else "give --use-last-slot to take it",
-        )
+            code="last-slot", cure=cure)
     if topology.machine == "pc":
         return max(topology.free, key=lambda place: place.slot)
+    if libvirt_name is not None:
+        return max(topology.free, key=lambda place: _number(place.bus))
     need = sum(sizes)
     wide = [place for place in topology.free if place.window is not None and place.window >= need]
     if wide:
         return min(reversed(wide), key=lambda place: place.window or 0)
     return topology.free[-1]
+
+
+def _number(bus: str) -> int:
+    """Of ``pci.4``: libvirt's index of the port, by which it takes them."""
+    digits = re.search(r"[0-9]+$", bus)
+    return int(digits[0]) if digits else -1
+
+
+#: One more port in a domain's XML; libvirt gives it index and address.
+PORT_XML = "<controller type='pci' model='pcie-root-port'/>"
+
+
+def more_ports(libvirt_name: str | None, count: int = 1) -> str:
+    """How a q35 VM gets more places, for people."""
+    if libvirt_name is None:
+        return ("start the VM with one more, QEMU: -device pcie-root-port,id=ringbar0,chassis=90,pref64-reserve=1G; "
+                f"libvirt: {PORT_XML} in <devices>")
+    return (f"virsh edit {shlex.quote(libvirt_name)}, add to <devices>: {PORT_XML * count} (a port each), "
+            "shut the VM down and start it")
+
+
+def cure_for_none(topology: Topology, libvirt_name: str | None) -> str:
+    """What mends a VM without a free place."""
+    if topology.machine == "q35":
+        return more_ports(libvirt_name, 2)
+    if topology.total:
+        return "unplug a device the VM does not need"
+    return "start the VM without -global PIIX4_PM.acpi-root-pci-hotplug=off"

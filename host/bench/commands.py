@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ringbar bench ring|vm|python``: measurements of this machine, each with the peers it is compared to."""
+"""``ringbar bench ring|vm|nic|workers|python|peers|agent``: this machine measured, with the peers it is compared to."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ def configure(name: str, parser: argparse.ArgumentParser) -> None:
         "ringbar bench ring --ends threads --touch 0        descriptors only, against DPDK's rte_ring",
         "ringbar bench ring --ends processes --touch 64     whole packets, against DPDK's memif",
         "ringbar bench vm --direct --touch 64               from one VM to another",
+        "ringbar bench nic                                  devices, against a bare AF_XDP loop and TPACKET_V3",
+        "ringbar bench workers                              balancer and fan-out, against DPDK's distributor",
         "ringbar bench python",
+        "ringbar bench peers                                DPDK's rings and memif alone",
+        "ringbar bench agent                                what attaching costs, and the agent itself",
     )
-    commands = subcommands(parser, "ring|vm|python")
+    commands = subcommands(parser, "ring|vm|nic|workers|python|peers|agent")
     ring = _sub(
         commands,
         "ring",
@@ -54,11 +58,37 @@ def configure(name: str, parser: argparse.ArgumentParser) -> None:
         _vm,
         "ringbar bench vm --direct --touch 64 --json",
         "ringbar bench vm --touch 64",
+        "ringbar bench vm --waiting",
         burst=32,
         most=256,
         touch=64,
     )
     vm.add_argument("--direct", action="store_true", help="a direct lane; else the host relays")
+    vm.add_argument(
+        "--waiting", action="store_true",
+        help="instead: how late a waiting side sees a packet and what waiting costs, by strategy; boots one VM",
+    )
+    _sub(
+        commands,
+        "nic",
+        "measure devices on veth, in a network namespace of its own",
+        _nic,
+        "ringbar bench nic --json",
+        burst=64,
+        most=256,
+        touch=None,
+    )
+    workers = _sub(
+        commands,
+        "workers",
+        "measure a balancer and a fan-out: what a packet costs the worker's core",
+        _workers,
+        "ringbar bench workers --json",
+        burst=64,
+        most=256,
+        touch=None,
+    )
+    workers.add_argument("--no-peers", action="store_true", help="leave DPDK's distributor out")
     python = _sub(
         commands,
         "python",
@@ -70,6 +100,29 @@ def configure(name: str, parser: argparse.ArgumentParser) -> None:
         touch=None,
     )
     python.add_argument("--slots", type=positive, default=4096, metavar="N", help="of the queue (default 4096)")
+    _sub(
+        commands,
+        "peers",
+        "measure DPDK's rte_ring and memif alone, on the cores that the others use",
+        _peers,
+        "ringbar bench peers --json",
+        burst=32,
+        most=256,
+        touch=None,
+    )
+    agent = commands.add_parser(
+        "agent",
+        help="measure attach, status and the idle agent; boots a VM",
+        description="Measure attach, status and the idle agent; boots a VM.",
+        epilog=examples("ringbar bench agent --json", "ringbar bench agent --vms 32 --seconds 30"),
+    )
+    agent.add_argument("--runs", type=positive, default=5, metavar="N", help="the median of N runs (default 5)")
+    agent.add_argument("--vms", type=positive, default=10, metavar="N", help="attached while it is idle (default 10)")
+    agent.add_argument(
+        "--seconds", type=seconds, default=30.0, metavar="S", help="for which it is looked at while idle (default 30)"
+    )
+    add_json(agent)
+    agent.set_defaults(run=_agent)
 
 
 def _sub(
@@ -205,7 +258,8 @@ def _command(options: argparse.Namespace) -> str:
         value = getattr(options, name, None)
         if value is not None:
             words.append(f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}")
-    words += [f"--{name.replace('_', '-')}" for name in ("direct", "no_peers") if getattr(options, name, False)]
+    flags = ("direct", "waiting", "no_peers")
+    words += [f"--{name.replace('_', '-')}" for name in flags if getattr(options, name, False)]
     return " ".join([*words, "--json"])
 
 
@@ -302,10 +356,93 @@ def _python(options: argparse.Namespace, out: Output) -> int:
     return DONE
 
 
+# ---- nic ----------------------------------------------------------------------------------------------------
+
+
+def _nic(options: argparse.Namespace, out: Output) -> int:
+    _check(options)
+    from ringbar.host.bench import nic, report
+
+    with out.progress() as progress, nic.place(options.seconds, options.burst, progress) as where:
+        rows = nic.rows(where, options.runs, progress)
+    document = report.document(_command(options), {"rows": rows, "network": "veth", "burst": options.burst})
+    out.document(document)
+    if not out.json:
+        report.print_table(f"devices on veth, bursts of {options.burst}", nic.table(rows), document)
+    return DONE
+
+
+# ---- workers ------------------------------------------------------------------------------------------------
+
+
+def _workers(options: argparse.Namespace, out: Output) -> int:
+    _check(options)
+    from ringbar.host.bench import report, workers
+
+    with out.progress() as progress, workers.bench(options.seconds, options.burst, progress) as bench:
+        rows = workers.rows(bench, options.runs, progress, dpdk=not options.no_peers)
+    document = report.document(_command(options), {"rows": rows, "burst": options.burst})
+    out.document(document)
+    if not out.json:
+        report.print_table(f"workers, bursts of {options.burst}", workers.table(rows), document)
+    return DONE
+
+
+# ---- peers --------------------------------------------------------------------------------------------------
+
+
+def _peers(options: argparse.Namespace, out: Output) -> int:
+    _check(options)
+    from ringbar.host.bench import peers, report
+    from ringbar.host.bench.dpdk import two_cores
+
+    cores = two_cores()
+    measures: dict[str, Callable[[], peers.Peer]] = {
+        "rte_ring": lambda: peers.rte_ring(options.runs, options.seconds, burst=options.burst, cores=cores),
+        "memif": lambda: peers.memif(max(options.seconds, 0.5), options.runs, cores=cores),
+    }
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, peers.NotAvailable] = {}
+    with out.progress() as progress:
+        for name, measure in measures.items():
+            progress(f"measuring DPDK's {name}")
+            try:
+                rows.append({**measure().as_json(), "name": name})
+            except peers.NotAvailable as e:
+                missing[name] = e
+    if not rows:
+        raise missing["rte_ring"]
+    why = {name: {"message": e.message, "cure": e.cure} for name, e in missing.items()}
+    document = report.document(_command(options), {"rows": rows, "missing": why, "burst": options.burst})
+    out.document(document)
+    if not out.json:
+        report.print_table("DPDK, on two cores", rows, document)
+        for name, said in why.items():
+            out.say(f"  {name} was left out: {said['message']}; {said['cure']}")
+    return DONE
+
+
 # ---- vm -----------------------------------------------------------------------------------------------------
 
 
+def _waiting(options: argparse.Namespace, out: Output) -> int:
+    from ringbar.host.bench import report, waiting
+
+    with out.progress() as progress:
+        rows, accelerator = waiting.measure(
+            trips=100 * options.runs, seconds=max(2.0, options.seconds), progress=progress
+        )
+    body = {"round_trips": 100 * options.runs, "strategies": [row.as_dict() for row in rows]}
+    document = {**report.document(_command(options), body), "accelerator": accelerator}
+    out.document(document)
+    out.say(f"a round trip of one packet, one side waiting, the other spinning ({accelerator})")
+    out.say(waiting.table(rows))
+    return DONE
+
+
 def _vm(options: argparse.Namespace, out: Output) -> int:
+    if options.waiting:
+        return _waiting(options, out)
     _check(options)
     if options.touch % 64:
         raise Usage(f"--touch {options.touch} is no whole number of lines of 64 bytes", cure="--touch 64")
@@ -331,4 +468,22 @@ def _vm(options: argparse.Namespace, out: Output) -> int:
         )
         if measured.bound:
             out.say(f"  bounded by: {measured.bound}")
+    return DONE
+
+
+# ---- agent --------------------------------------------------------------------------------------------------
+
+
+def _agent(options: argparse.Namespace, out: Output) -> int:
+    if options.seconds <= 0:
+        raise Usage("a run of no length measures nothing", cure="--seconds 30")
+    from ringbar.host.bench import agent, report
+
+    with out.progress() as progress:
+        rows = agent.measure(options.runs, options.vms, options.seconds, progress)
+    words = f"ringbar bench agent --runs {options.runs} --vms {options.vms} --seconds {options.seconds:g}"
+    out.document(report.document(words, {"rows": rows}))
+    for row in rows:
+        limit = f"at most {row['at_most']:g}: {'reached' if row['reached'] else 'NOT reached'}"
+        out.say(f"{row['value']:>8g} {row['unit']:<4} {row['what']}; {limit}")
     return DONE

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringbar.errors import Error
-from ringbar.host.bench import pump
+from ringbar.host.bench import programs
 
 CLUSTER = 1
 START_SECONDS = 20.0
@@ -57,13 +57,13 @@ def private() -> Iterator[None]:
 def _producer(seconds: float) -> Iterator[None]:
     """A process of C that sends descriptors as fast as it goes, and writes no payload."""
     with tempfile.TemporaryDirectory(prefix="ringbar-bench-") as directory:
-        program = pump.build(Path(directory))
+        program = programs.build(Path(directory), "pump.c", linked=True)
         process = subprocess.Popen(
             [str(program), "tx", f"{CLUSTER}@0", "64", "0", f"{seconds + START_SECONDS:g}", "1"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "LD_LIBRARY_PATH": str(pump.library().parent)},
+            env={**os.environ, "LD_LIBRARY_PATH": str(programs.library().parent)},
         )
         try:
             assert process.stdout is not None

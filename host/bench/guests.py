@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ringbar.errors import Error
-from ringbar.host.bench import pump
+from ringbar.host.bench import programs
 from ringbar.host.bench.consumer import private
 
 CLUSTER = 1
@@ -79,9 +79,9 @@ def measure(
         stack.enter_context(private())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ringbar-bench-")))
         share = {
-            PUMP: pump.build(directory),
+            PUMP: programs.build(directory, "pump.c", linked=True),
             "/opt/ringbar/python": _package(directory),
-            "/opt/ringbar/libringbar.so.0": pump.library(),
+            "/opt/ringbar/libringbar.so.0": programs.library(),
         }
         progress("booting two VMs")
         one, two = stack.enter_context(launch.pair(share=share))
@@ -92,7 +92,7 @@ def measure(
         host.create_queues(CLUSTER, count=1 if direct else 2, slots=1024, direct=direct)
         for vm, rx, tx in ((one, [], [sent]), (two, [received], [])):
             name = f"qmp:{vm.qmp}"
-            host.attach(name, rx, tx, progress=progress)
+            host.attach(name, rx, tx, pool="rw" if tx else None, progress=progress)
             stack.callback(host.detach, name, [], force=True)
         if not direct:
             stack.enter_context(_relay())

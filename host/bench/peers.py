@@ -188,15 +188,9 @@ def build_rte_ring_bench() -> Path:
         raise NotAvailable(
             "no C compiler, so DPDK's rte_ring can't be measured", cure="run: apt-get install gcc"
         )
-    pkg_config = shutil.which("pkg-config")
-    if pkg_config is None:
-        raise NotAvailable(
-            "pkg-config is not installed, so DPDK's headers can't be found",
-            cure="run: apt-get install pkg-config libdpdk-dev",
-        )
-    compile_flags = _flags(pkg_config, "--cflags")
-    link_flags = _flags(pkg_config, "--libs")
-    version = _flags(pkg_config, "--modversion")
+    compile_flags = dpdk_flags("--cflags")
+    link_flags = dpdk_flags("--libs")
+    version = dpdk_flags("--modversion")
     # -O3 is what DPDK itself is built with. Its -march stays: with AVX copies the same ring came out slower.
     arguments = ["-std=gnu11", "-O3", "-Wall", "-Wextra", *compile_flags]
     key = hashlib.sha256(
@@ -440,7 +434,14 @@ def _source() -> Path:
     raise NotAvailable(f"{SOURCE} is not installed with this package", cure="run it in a checkout of ringbar")
 
 
-def _flags(pkg_config: str, what: str) -> list[str]:
+def dpdk_flags(what: str) -> list[str]:
+    """What ``pkg-config`` says of DPDK: ``--cflags``, ``--libs`` or ``--modversion``."""
+    pkg_config = shutil.which("pkg-config")
+    if pkg_config is None:
+        raise NotAvailable(
+            "pkg-config is not installed, so DPDK's headers can't be found",
+            cure="run: apt-get install pkg-config libdpdk-dev",
+        )
     try:
         found = subprocess.run(
             [pkg_config, what, "libdpdk"],

@@ -120,15 +120,17 @@ static int transmit(rb_cluster *c, rb_end *end, int burst, uint32_t touch, uint6
     uint8_t *base = NULL;
     rb_cluster_info info;
     rb_cluster_get_info(c, &info);
+    const uint32_t size = info.buffer_size, length = touch ? touch : 64;
     while (now() < until)
         for (int turn = 0; turn < 64; turn++) {
             int n = rb_alloc(end, desc, burst), sent = 0;
             if (n < 0)
                 return failed("alloc");
+            if (n && !base)
+                base = (uint8_t *)rb_buffer_header(c, &desc[0]) - (uint64_t)desc[0].handle * info.buffer_size; /* one pool */
             for (int i = 0; i < n; i++) {
-                base = base ? base : (uint8_t *)rb_buffer_header(c, &desc[i]) - (uint64_t)desc[i].handle * info.buffer_size; /* one pool */
-                uint8_t *p = base + (uint64_t)desc[i].handle * info.buffer_size + RB_BUFFER_HEADER;
-                rb_desc_set(&desc[i], touch ? touch : 64, RB_BUFFER_HEADER, 0);
+                uint8_t *p = base + (uint64_t)desc[i].handle * size + RB_BUFFER_HEADER;
+                rb_desc_set(&desc[i], length, RB_BUFFER_HEADER, 0);
                 for (uint32_t at = 0; at < touch; at += 64)
                     fill_line(p + at, number);
                 number++;

@@ -3,7 +3,7 @@
  * A book, as the process that acts for it sees it: the buffers that are at home in it, the legs it serves, and how both are found again in its
  * ledger. One thread acts for one book, or, for a book whose owner is dead, whoever holds the recovery lock.
  */
-#include "rb_internal.h"
+#include "rb_bell.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +14,7 @@
 void rb_server_home(struct rb_server *s, uint32_t number, uint32_t handle)
 {
     rb_set(&s->ledger[number], RB_WORD(RB_W_HOME, 0));
-    s->stack[s->free++] = handle;
+    rb_server_push(s, handle);
 }
 
 static int grow_stack(struct rb_server *s, uint32_t room)
@@ -54,7 +54,7 @@ int rb_server_claim(struct rb_server *s, uint32_t more, const char *for_what)
     }
     if (rc == 0)
         rc = grow_stack(s, s->home + (extents + 1) * RB_EXTENT);
-    for (uint32_t e = 0; rc == 0 && s->home < need && e < (c->buffers + RB_EXTENT - 1) / RB_EXTENT; e++) {
+    for (uint32_t e = 0; rc == 0 && s->home < need && e < (c->pool_count[0] + RB_EXTENT - 1) / RB_EXTENT; e++) { /* of the common pool */
         if (c->reg->extent[e])
             continue;
         uint32_t before = s->free;
@@ -82,6 +82,7 @@ static void server_init(struct rb_cluster *c, uint32_t book, struct rb_server *s
     s->book = book;
     s->rec = &c->reg->state->book[book];
     s->ledger = c->reg->ledgers + (uint64_t)book * c->reg->state->capacity;
+    s->masks = c->reg->masks + (uint64_t)book * c->reg->state->capacity;
     s->need = 2 * RB_BURST;
 }
 
@@ -108,6 +109,8 @@ int rb_server_get(struct rb_cluster *c, struct rb_server **out)
         server_init(c, b, s);
         rb_holder_me(&r->owner);
         rb_set(&r->intent, 0);
+        for (uint32_t i = 0; i < RB_MAX_OUTPUTS; i++)
+            rb_set(&r->output[i], 0);
         rb_set(&r->seen, rb_get(&r->epoch));
         s->epoch = rb_get(&r->epoch);
         r->used = 1;
@@ -122,6 +125,14 @@ int rb_server_get(struct rb_cluster *c, struct rb_server **out)
         rb_fail(ENOSPC, "too-many-servers", "close one of them", "cluster %u has %u serving threads, which is the most", c->id, RB_MAX_BOOKS);
     rb_leave(c->reg);
     return rc;
+}
+
+void rb_leg_pools(struct rb_server *s, struct rb_leg_ctx *l)
+{
+    uint32_t lane = (uint32_t)(l->place >> 32);
+    l->pools = l->vm ? rb_get(&s->c->reg->state->lane[lane].pools) : UINT32_MAX;
+    uint32_t own = l->vm && l->kind == RB_LEG_GRANT ? rb_pool_own(s->c, lane) : 0;
+    l->own = own ? own : l->own; /* to the end: then its pool is nobody's already */
 }
 
 int rb_server_leg(struct rb_server *s, uint32_t number, struct rb_leg_ctx **out)
@@ -148,6 +159,7 @@ int rb_server_leg(struct rb_server *s, uint32_t number, struct rb_leg_ctx **out)
     uint32_t lane = (uint32_t)(l->place >> 32);
     l->domain = s->c->reg->state->lane[lane].domain;
     l->vm = s->c->reg->state->lane[lane].vm[0] != 0;
+    rb_leg_pools(s, l);
     int rc = rb_place_ring(s->c, l->place, &l->ring, NULL);
     if (rc < 0) {
         free(l);
@@ -165,9 +177,14 @@ int rb_server_leg(struct rb_server *s, uint32_t number, struct rb_leg_ctx **out)
         l->ring.p = l->ring.c;
         l->ring.rc = l->ring.rp - l->ring.returns;
     }
+    rb_filter_sync(s, l);
+    for (uint32_t i = 0; i < RB_MAX_OUTPUTS; i++)
+        if (rb_get(&s->rec->output[i]) == number + 1)
+            l->bit = 1ull << i;
     l->index = s->actives;
     s->active[s->actives++] = l;
     s->leg[number] = l;
+    rb_bell_join(s, l);
     *out = l;
     return 0;
 }
@@ -177,7 +194,9 @@ void rb_server_drop_leg(struct rb_server *s, struct rb_leg_ctx *l)
     s->active[l->index] = s->active[--s->actives];
     s->active[l->index]->index = l->index;
     s->leg[l->number] = NULL;
-    if (l->claimed) /* what was claimed for it will do for the next */
+    if (l->bit && !l->shared)
+        rb_set(&s->rec->output[__builtin_ctzll(l->bit)], 0);
+    if (l->claimed && !l->own) /* what was claimed for it will do for the next */
         s->need -= RB_MIN(s->need, l->credit);
     for (uint32_t i = 0; i < s->actives; i++)
         if (s->active[i]->observer == l)
@@ -185,6 +204,8 @@ void rb_server_drop_leg(struct rb_server *s, struct rb_leg_ctx *l)
     for (uint32_t i = 0; i < RB_MAX_ENDS; i++)
         if (s->c->end[i] && s->c->end[i]->ctx == l)
             s->c->end[i]->ctx = NULL;
+    rb_bell_free(s->c, l->bell);
+    free(l->filter);
     free(l);
 }
 
@@ -207,14 +228,29 @@ void rb_each_written(struct rb_server *s, void (*each)(struct rb_server *s, uint
     }
 }
 
+static void count_shared(struct rb_server *s, uint64_t mask)
+{
+    for (; mask; mask &= mask - 1) {
+        uint32_t to = rb_get(&s->rec->output[__builtin_ctzll(mask)]);
+        struct rb_leg_ctx *l;
+        if (to & RB_OUTPUT_DEVICE)
+            s->quiescing++;
+        else if (to && rb_server_leg(s, to - 1, &l) == 0) {
+            l->lent++;
+            l->shared++;
+        } else
+            s->lost++;
+    }
+}
+
 static void count_word(struct rb_server *s, uint32_t number, uint64_t w, void *arg)
 {
     struct rb_leg_ctx *l;
     (void)arg;
     if (RB_WORD_KIND(w) && s->c->reg->extent[number / RB_EXTENT] == s->book + 1) {
-        s->home++;
+        s->home += number < s->c->pool_count[0];
         if (RB_WORD_KIND(w) == RB_W_HOME && !RB_WORD_SUBKIND(w))
-            s->stack[s->free++] = rb_handle_of(s->c, number);
+            rb_server_push(s, rb_handle_of(s->c, number));
         else if (RB_WORD_KIND(w) == RB_W_LENT)
             rb_server_leg(s, RB_WORD_LEG(w), &l) == 0 ? l->lent++ : s->lost++;
         else if (RB_WORD_KIND(w) == RB_W_DEVICE)
@@ -224,6 +260,8 @@ static void count_word(struct rb_server *s, uint32_t number, uint64_t w, void *a
     }
     if (RB_WORD_SUBKIND(w) == RB_W_LENT && rb_server_leg(s, RB_WORD_SUBLEG(w), &l) == 0)
         l->lent++;
+    if (rb_shared_word(w))
+        count_shared(s, rb_get(&s->masks[number]));
 }
 
 int rb_server_rebuild(struct rb_server *s)
@@ -239,22 +277,28 @@ int rb_server_rebuild(struct rb_server *s)
     for (uint32_t e = 0; e < (s->c->buffers + RB_EXTENT - 1) / RB_EXTENT; e++)
         room += s->c->reg->extent[e] == s->book + 1 ? RB_EXTENT : 0;
     int rc = grow_stack(s, room);
-    if (rc < 0)
+    if (rc < 0 || (rc = rb_pool_stacks(s)) < 0)
         return rc;
     for (uint32_t i = 0; i < s->actives; i++)
-        s->active[i]->lent = 0;
+        s->active[i]->lent = s->active[i]->shared = 0;
     rb_each_written(s, count_word, NULL);
     s->need = 2 * RB_BURST;
-    for (uint32_t i = 0; i < s->actives; i++) {
-        rb_set(&s->active[i]->rec->lent, s->active[i]->lent);
-        s->need += s->active[i]->credit;
-        s->active[i]->claimed = true;
-    }
+    /* What is at home says what was claimed: a leg that came along with a VM's lane, and that nobody lent on, was promised nothing. */
+    for (int grants = 1; grants >= 0; grants--)
+        for (uint32_t i = 0; i < s->actives; i++) {
+            struct rb_leg_ctx *l = s->active[i];
+            if ((l->kind == RB_LEG_GRANT) != grants)
+                continue;
+            rb_set(&l->rec->lent, l->lent);
+            l->claimed = !l->own && s->need + l->credit <= s->home;
+            s->need += l->claimed ? l->credit : 0;
+        }
     return 0;
 }
 
 int rb_server_act(struct rb_cluster *c, uint32_t book, struct rb_server *s)
 {
+    rb_pools_look(c);
     server_init(c, book, s);
     s->acting = true;
     rb_recover_intent(s);
@@ -268,10 +312,19 @@ void rb_server_done(struct rb_server *s)
 {
     for (uint32_t i = 0; i < s->actives; i++) {
         rb_set(&s->active[i]->rec->lent, s->active[i]->lent);
+        rb_bell_free(s->c, s->active[i]->bell);
+        free(s->active[i]->filter);
         free(s->active[i]);
+    }
+    for (uint32_t p = 0; p < RB_MAX_POOLS; p++) {
+        free(s->own[p].stack);
+        s->own[p] = (struct rb_own){0};
     }
     free(s->active);
     free(s->stack);
+    free(s->feed);
+    s->feed = NULL;
+    s->feeds = 0;
     s->active = NULL;
     s->stack = NULL;
 }
@@ -287,6 +340,7 @@ static void clear_word(struct rb_server *s, uint32_t number, uint64_t w, void *a
 int rb_server_end(struct rb_server *s)
 {
     struct rb_cluster *c = s->c;
+    rb_pools_look(c);
     uint32_t out = s->quarantined + s->in_devices + s->quiescing + s->lost;
     for (uint32_t i = 0; i < s->actives; i++)
         out += s->active[i]->lent;
@@ -307,6 +361,7 @@ int rb_server_end(struct rb_server *s)
         if (rb_get(&c->reg->state->lane[l].book) == s->book + 1)
             rb_set(&c->reg->state->lane[l].book, 0);
     s->rec->used = 0;
+    rb_pool_sweep(c);
     return 1;
 }
 

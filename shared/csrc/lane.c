@@ -4,9 +4,10 @@
  * business (ringbar.qemu); this file only decides whose memory it is. A VM's lane is served by one book. Direct queues have a lane of their own, mapped
  * by both VMs, which makes them one trust group: one domain, one serving book.
  */
-#include "rb_internal.h"
+#include "rb_bell.h"
 
 #include <stdio.h>
+#include <sys/random.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -46,11 +47,13 @@ int rb_lane_create(rb_cluster *c, const char *vm, const char *identity)
     }
     if (rc == 0)
         rc = found >= 0 ? found : rb_lane_new(c, VM_LANE_BYTES, vm, identity);
+    if (rc >= 0 && found < 0) /* the caller plugs what is there now */
+        rb_set(&c->reg->state->lane[rc].pools, rb_pools_open(c));
     rb_leave(c->reg);
     return rc;
 }
 
-static void bump(struct rb_cluster *c, uint32_t book)
+void rb_book_bump(struct rb_cluster *c, uint32_t book)
 {
     if (!book)
         return;
@@ -65,9 +68,9 @@ int rb_settle(struct rb_cluster *c, uint32_t book, int timeout_ms)
     struct rb_server s;
     if (!book)
         return 1;
-    bump(c, book);
-    if (c->server && c->server->book + 1 == book)
-        return rb_server_sync(c->server) == 0;
+    rb_book_bump(c, book);
+    if (rb_own_server(c, book))
+        return rb_server_sync(rb_own_server(c, book)) == 0;
     if (rb_book_dead(c->reg, book - 1)) {
         if (rb_server_act(c, book - 1, &s) < 0)
             return 0;
@@ -140,7 +143,7 @@ static int join_group(struct rb_cluster *c, struct rb_segment_record *a, struct 
             rb_set(&r->book, book);
         }
     }
-    bump(c, book); /* it has the old domains in private memory */
+    rb_book_bump(c, book); /* it has the old domains in private memory */
     rb_set(&a->book, book);
     return 0;
 }
@@ -234,6 +237,11 @@ int rb_lane_bind(rb_cluster *c, uint32_t lane, uint32_t queue, uint32_t directio
             }
         }
     }
+    if (rc == 0 && q->direct && !rx && rb_pool_own(c, lane))
+        rc = rb_fail(ENOTSUP, "not-supported", "attach it with --pool rw", "a VM that transmits from a pool of its own cannot send on direct queue %u@%u", c->id, queue);
+    if (rc == 0 && !q->direct && rx && rb_pools_open(c) & ~rb_get(&rec->pools) && rb_get(&rb_leg_of(c, 2 * queue + RB_LEG_R)->lent))
+        rc = rb_fail(EBUSY, "needs-replug", "let its receiver read them first, or add --replug",
+                     "queue %u@%u holds packets, and VM %s does not see the pool of every VM that sends", c->id, queue, rec->vm);
     if (rc == 0 && q->direct)
         rc = open_direct(c, queue, rec);
     else if (rc == 0) {
@@ -276,7 +284,7 @@ int rb_lane_bind(rb_cluster *c, uint32_t lane, uint32_t queue, uint32_t directio
             if (lane_book && !book)
                 rb_set(&leg->book, lane_book);
             if (rb_leg_of(c, 2 * queue + RB_LEG_T)->kind) /* a VM sends on it: its server passes on */
-                bump(c, rb_get(&rb_leg_of(c, 2 * queue + RB_LEG_T)->book));
+                rb_book_bump(c, rb_get(&rb_leg_of(c, 2 * queue + RB_LEG_T)->book));
         } else if (rc == 0) {
             rb_leg_init(c, number, RB_LEG_GRANT, q->slots, q->credit, place);
             /* A consumer that waits on the host's ring already is fed by whoever serves the VM. */
@@ -291,7 +299,7 @@ int rb_lane_bind(rb_cluster *c, uint32_t lane, uint32_t queue, uint32_t directio
                     rb_set(&o->book, rb_get(&rec->book));
             }
         if (rc == 0)
-            bump(c, rb_get(&rec->book));
+            rb_book_bump(c, rb_get(&rec->book));
     }
     if (rc == 0 && q->direct) {
         memset(&q->end[rx], 0, sizeof q->end[rx]);
@@ -370,7 +378,7 @@ static void release_direct(struct rb_cluster *c, uint32_t queue)
     if (rb_host_place(c, queue, q->slots, q->credit, &place) == 0) {
         rb_leg_init(c, 2 * queue + RB_LEG_R, RB_LEG_LEND, q->slots, q->credit, place);
         rb_place_live(c, place);
-        bump(c, mine == &s ? 0 : book); /* its owner forgets the old rings */
+        rb_book_bump(c, mine == &s ? 0 : book); /* its owner forgets the old rings */
     }
 }
 
@@ -390,6 +398,7 @@ static int unbind(struct rb_cluster *c, uint32_t queue, int rx, uint32_t how)
     if (lane && c->reg->state->lane[rb_get(&leg->place) >> 32].domain) {
         rb_store_release(&lane->entry[(uint32_t)rb_get(&leg->place) - 1].ready, 2); /* the guest's next burst sees it */
         rb_lane_touch(lane);
+        rb_bell_ring_lane(c, (uint32_t)(rb_get(&leg->place) >> 32));
     }
     rc = release_leg(c, 2 * queue + (rx ? RB_LEG_R : RB_LEG_T), how, 2000);
     if (rc >= 0 && how == 1)
@@ -425,6 +434,7 @@ int rb_lane_announce(rb_cluster *c, uint32_t lane_number, int timeout_ms)
         rb_set(&rec->state, RB_SEG_CLOSING);
         rb_set(&lane->header.state, RB_SEG_CLOSING);
         rb_lane_touch(lane);
+        rb_bell_ring_lane(c, lane_number);
     }
     rb_leave(c->reg);
     if (!lane)
@@ -460,9 +470,35 @@ int rb_lane_remove(rb_cluster *c, uint32_t lane_number, int still_mapped)
             if (c->reg->state->queue[q].used && c->reg->state->queue[q].end[rx].lane == lane_number + 1)
                 unbind(c, q, rx, still_mapped ? 2 : 1);
     if (!still_mapped) {
+        rb_set(&c->reg->state->bell[lane_number].pid, 0);
+        rb_pool_close(c, lane_number);
         rec->vm[0] = 0;
         rb_set(&rec->state, RB_SEG_GONE);
         rb_lane_sweep(c, lane_number); /* or when its server has drained the last leg: a successor may have to map it still */
+    }
+    rb_leave(c->reg);
+    return 0;
+}
+
+int rb_lane_reset(rb_cluster *c, uint32_t lane_number)
+{
+    int rc = host_only(c);
+    if (rc < 0 || (rc = rb_enter(c->reg)) < 0)
+        return rc;
+    for (uint32_t leg = 0; leg < RB_MAX_LEGS; leg++) {
+        struct rb_leg *l = rb_leg_of(c, leg);
+        uint64_t place = rb_get(&l->place), session = 0;
+        struct rb_lane *lane = l->kind != RB_LEG_NONE && l->kind != RB_LEG_DIRECT && place && place >> 32 == lane_number ? rb_lane_get(c, lane_number) : NULL;
+        if (!lane)
+            continue;
+        struct rb_ctl *ctl = &lane->ctl[(uint32_t)place - 1];
+        rb_set(&ctl->open, 0);
+        if (!rb_get(&ctl->session))
+            continue; /* never opened */
+        while (!session || session == rb_get(&l->echoed))
+            if (getrandom(&session, sizeof session, 0) != sizeof session)
+                session = rb_now_ns();
+        rb_store_release(&ctl->session, session);
     }
     rb_leave(c->reg);
     return 0;

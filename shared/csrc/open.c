@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Opening ends by address, and closing them: who serves a queue, who borrows on it, and who is in the way. */
-#include "rb_internal.h"
+#include "rb_bell.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,8 +9,67 @@
 static int bad_address(const char *address)
 {
     rb_fail(EINVAL, "bad-address", NULL, "\"%s\" is no address of a queue or device", address);
-    return rb_cure(EINVAL, "queues are CLUSTER@QUEUE, as 99@0; NICs are zc:IFACE or zc:IFACE@QUEUE");
+    return rb_cure(EINVAL, "queues are CLUSTER@QUEUE, as 99@0; interfaces are zc:IFACE, zc:IFACE@QUEUE, IFACE or stack:IFACE; files are pcap:PATH");
 }
+
+/* ---- kinds of devices ----------------------------------------------------------------------------------------------- */
+
+enum { STEER = 1, BUSY_POLL = 2, PROMISCUOUS = 4, FANOUT = 8, SNAPLEN = 16, REPLAY = 32, CAPTURE = 64, XDP_MODE = 128, OBSERVE = 256 };
+
+static const struct kind {
+    const char *prefix; /* that its addresses begin with */
+    rb_device_open *open;
+    unsigned options; /* that it knows */
+} kinds[] = {
+    {"zc:", rb_zc_open, STEER | BUSY_POLL | PROMISCUOUS | XDP_MODE},
+    {"pcap:", rb_pcap_open, SNAPLEN | REPLAY | CAPTURE},
+    {"tap:", rb_tap_open, 0},
+    {"stack:", rb_stack_open, OBSERVE},
+    {"", rb_eth_open, PROMISCUOUS | FANOUT | SNAPLEN}, /* whatever is left is the name of an interface */
+};
+
+static int unknown_option(const char *what, const char *address, const char *kind)
+{
+    rb_fail(EINVAL, "bad-option", NULL, "%s means nothing for %s", what, address);
+    return rb_cure(EINVAL, "leave it away: it is for %s", kind);
+}
+
+static int check_options(const char *address, const rb_open_options *o, unsigned known)
+{
+    if (o->steer && !(known & STEER))
+        return unknown_option("a steering rule", address, "zc:IFACE");
+    if (o->busy_poll_us && !(known & BUSY_POLL))
+        return unknown_option("busy polling", address, "zc:IFACE");
+    if (o->promiscuous && !(known & PROMISCUOUS))
+        return unknown_option("promiscuous mode", address, "zc:IFACE and IFACE");
+    if (o->fanout_group && !(known & FANOUT))
+        return unknown_option("a fan-out group", address, "IFACE");
+    if (o->snaplen && !(known & SNAPLEN))
+        return unknown_option("a snapshot length", address, "IFACE and pcap:PATH");
+    if ((o->speed != 0 || o->pps != 0 || o->gbps != 0 || o->loops || o->preload) && !(known & REPLAY))
+        return unknown_option("a speed of replaying", address, "pcap:PATH");
+    if ((o->name || o->format || o->rotate_bytes || o->rotate_seconds != 0) && !(known & CAPTURE))
+        return unknown_option("a property of a capture file", address, "pcap:PATH");
+    if (o->observe && !(known & OBSERVE))
+        return unknown_option("observing", address, "stack:IFACE");
+    if (o->flags & RB_METADATA && !(known & XDP_MODE))
+        return unknown_option("metadata of a driver", address, "zc:IFACE");
+    if (o->flags & (RB_GENERIC | RB_DRIVER) && !(known & XDP_MODE))
+        return unknown_option("an XDP mode", address, "zc:IFACE");
+    return 0;
+}
+
+static int open_device(struct rb_end *end, const char *address, const rb_open_options *o)
+{
+    for (unsigned i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (strncmp(address, kinds[i].prefix, strlen(kinds[i].prefix)) == 0) {
+            int rc = check_options(address, o, kinds[i].options);
+            return rc < 0 ? rc : kinds[i].open(end, address, o);
+        }
+    return bad_address(address);
+}
+
+/* ---- queues ---------------------------------------------------------------------------------------------------------- */
 
 /* "99@0" or "zc:99@0" for this cluster: the queue's number. -EAGAIN: it is not a queue at all. */
 static int parse_queue(struct rb_cluster *c, const char *address, uint32_t *queue)
@@ -90,7 +149,7 @@ int rb_serve(struct rb_cluster *c, uint32_t number, struct rb_leg_ctx **out)
     if (!l->claimed) {
         char what[64];
         snprintf(what, sizeof what, "queue %u@%u", c->id, number / 2);
-        if ((rc = rb_server_claim(s, leg->credit, what)) < 0) {
+        if ((rc = l->own ? rb_pool_claim(s, l->own) : rb_server_claim(s, leg->credit, what)) < 0) {
             if (rb_get(&leg->book) != s->book + 1)
                 rb_server_drop_leg(s, l);
             return rc;
@@ -105,6 +164,7 @@ int rb_serve(struct rb_cluster *c, uint32_t number, struct rb_leg_ctx **out)
         rb_server_sync(s);
     }
     rb_observe_link(s);
+    s->feed_epoch = s->epoch - 1; /* there may be hops to it */
     *out = s->leg[number];
     return *out ? 0 : rb_fail(ENODEV, "detached", NULL, "queue %u@%u was detached just now", c->id, number / 2);
 }
@@ -118,8 +178,8 @@ void rb_answer_for(struct rb_cluster *c, struct rb_end *end)
     if (!book) {
         rb_set(&leg->echoed, end->session);
         rb_store_release(&end->ring.ctl->echo, end->session);
-    } else if (c->server && c->server->book + 1 == book)
-        rb_server_service(c->server);
+    } else if (rb_own_server(c, book))
+        rb_server_service(rb_own_server(c, book));
     else if (rb_book_dead(c->reg, book - 1) && rb_server_act(c, book - 1, &s) == 0) {
         rb_server_service(&s);
         rb_server_done(&s);
@@ -151,7 +211,7 @@ static int open_borrowed(struct rb_end *end, struct rb_leg *leg)
     return rc;
 }
 
-static int open_on_host(struct rb_end *end, uint32_t queue)
+int rb_open_queue(struct rb_end *end, uint32_t queue)
 {
     struct rb_cluster *c = end->c;
     int rx = (end->flags & RB_RX) != 0, rc = rb_queue_check(c, queue);
@@ -173,6 +233,10 @@ static int open_on_host(struct rb_end *end, uint32_t queue)
     if (!rx) {
         end->ops = &rb_lend_ops;
         rc = rb_serve(c, end->leg, &end->ctx);
+        if (rc == -EBUSY)
+            rb_deputise(c, end->leg);
+        if (rc == -EBUSY && (rc = rb_feed_open(end)) < 0) /* it says why it cannot, where nobody can feed it */
+            rc = rb_serve(c, end->leg = 2 * queue + RB_LEG_R, &end->ctx);
     } else if (t->kind == RB_LEG_GRANT && rb_get(&r->book) && rb_get(&r->book) == rb_get(&t->book) && rb_get(&r->lent)) {
         rc = open_borrowed(end, r); /* what is on its way to a receiver already comes first; the rest follows it */
     } else if (t->kind == RB_LEG_GRANT) { /* a VM sends on it */
@@ -181,6 +245,8 @@ static int open_on_host(struct rb_end *end, uint32_t queue)
         c->opening = end->leg + 1;
         rc = rb_serve(c, end->leg, &end->ctx);
         c->opening = 0;
+        if (rc == -EBUSY)
+            rb_deputise(c, end->leg);
         uint32_t book = rb_get(&t->book) ? rb_get(&t->book) : rb_get(&c->reg->state->lane[rb_get(&t->place) >> 32].book);
         if (rc == -EBUSY && book && (!rb_get(&r->book) || rb_get(&r->book) == book)) {
             /* The VM's lane is served by another process: it feeds us over a host queue, one descriptor hop. */
@@ -229,6 +295,16 @@ static int open_in_guest(struct rb_end *end, uint32_t queue)
 
 int rb_open(rb_end **out, rb_cluster *c, const char *address, uint32_t flags)
 {
+    rb_open_options o = {.struct_size = sizeof o, .flags = flags};
+    return rb_open_with(out, c, address, &o);
+}
+
+int rb_open_with(rb_end **out, rb_cluster *c, const char *address, const rb_open_options *options)
+{
+    rb_open_options o = {0};
+    if (options)
+        memcpy(&o, options, RB_MIN(options->struct_size, sizeof o));
+    const uint32_t flags = o.flags;
     uint32_t queue = 0, index = 0;
     int rc = rb_alive(c);
     if (rc < 0)
@@ -247,30 +323,30 @@ int rb_open(rb_end **out, rb_cluster *c, const char *address, uint32_t flags)
     end->c = c;
     end->index = index;
     end->flags = flags;
-    end->timer = -1;
+    end->timer = end->sleep = end->tick = -1;
+    end->wake = -1;
     snprintf(end->st.mode, sizeof end->st.mode, "loan");
     rc = parse_queue(c, address, &queue);
+    if (rc == 0)
+        rc = check_options(address, &o, 0);
     if (rc == 0 && (flags & RB_RX) && (flags & RB_TX))
         rc = rb_fail(EINVAL, "bad-option", "open its two ends one by one", "a queue's end receives or sends, not both");
     if (rc == 0) {
         end->queue = queue;
         snprintf(end->address, sizeof end->address, "%u@%u", c->id, queue);
-        rc = c->reg ? open_on_host(end, queue) : open_in_guest(end, queue);
-    } else if (rc == -EAGAIN) {
-        if (strncmp(address, "zc:", 3) != 0 || !address[3])
-            rc = bad_address(address);
-        else if (!c->reg)
-            rc = rb_fail(ENOTSUP, "guest", "open it on the host", "NICs cannot be opened through a cluster that lives on the host");
-        else
-            rc = rb_zc_open(end, address);
-    }
+        rc = c->reg ? rb_open_queue(end, queue) : open_in_guest(end, queue);
+    } else if (rc == -EAGAIN)
+        rc = open_device(end, address, &o);
     if (rc < 0) {
         free(end->stock);
-        free(end->origin);
         free(end);
         return rc;
     }
     c->end[index] = end;
+    if (o.filter && (rc = rb_filter(end, o.filter)) < 0) {
+        rb_close(end);
+        return rc;
+    }
     *out = end;
     return 0;
 }
@@ -279,8 +355,10 @@ void rb_end_free(struct rb_end *end)
 {
     if (end->timer >= 0)
         close(end->timer);
+    rb_bell_close(end);
+    free(end->filter);
     free(end->stock);
-    free(end->origin);
+    free(end->also);
     free(end);
 }
 
@@ -302,10 +380,19 @@ void rb_close(rb_end *end)
         return;
     struct rb_cluster *c = end->c;
     int here = c->fork_count == rb_fork_count;
+    rb_fan_forget(end);
+    rb_feed_forget(end);
     if (here) {
-        for (uint32_t at = 0; at < c->buffers; at++) /* what is still in hand from here */
-            if (c->where[at] == RB_HAND_BORROWED + end->index)
+        for (uint32_t at = 0; at < c->buffers; at++) { /* what is still in hand from here */
+            if ((c->where[at] & RB_HAND) == RB_HAND_BORROWED + end->index)
                 rb_hand_back(c, rb_handle_of(c, at));
+            if (end->also && end->also[at / 8] >> at % 8 & 1) {
+                rb_desc d = {.handle = rb_handle_of(c, at)};
+                end->also[at / 8] &= (uint8_t)~(1u << at % 8);
+                c->extras--;
+                rb_give_back(c, RB_HAND_BORROWED + end->index, &d, 1);
+            }
+        }
         if (end->lane && c->server && !end->lingering) {
             struct find_origin f = {.leg = end->leg};
             rb_server_service(c->server);
@@ -318,6 +405,8 @@ void rb_close(rb_end *end)
         }
         if (end->ops->close)
             end->ops->close(end);
+        if (!end->device && (end->promised || end->wants))
+            rb_copying_close(end);
         if (!end->device && c->locks) {
             int rx = (end->flags & RB_RX) != 0;
             if (c->reg && rb_enter(c->reg) == 0) {
@@ -326,6 +415,8 @@ void rb_close(rb_end *end)
             }
             rb_byte_unlock(c->locks, RB_LOCK_END + 2 * end->queue + (unsigned)rx);
         }
+        if (end->taker)
+            rb_taker_leave(c, end->taker - 1);
     }
     c->end[end->index] = NULL;
     rb_end_free(end);

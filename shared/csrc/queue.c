@@ -181,6 +181,7 @@ int rb_lane_new(struct rb_cluster *c, uint64_t size, const char *vm, const char 
         if (c->lane[i].lane)
             rb_lane_unmap(c, i);
         memset(s->place[i], 0, sizeof s->place[i]);
+        memset(&s->bell[i], 0, sizeof s->bell[i]);
         c->lane[i] = (struct rb_lane_map){lane, m.size, ++s->lane_life[i]};
         rb_set(&r->state, RB_SEG_OPEN);
         return (int)i;
@@ -307,6 +308,11 @@ int rb_queue_create(rb_cluster *c, int id, const rb_queue_options *options)
     } else if ((rc = rb_host_place(c, (uint32_t)id, o.slots, o.credit, &place)) == 0) {
         struct rb_queue *q = &s->queue[id];
         memset(q, 0, sizeof *q);
+        if (s->filter[id].count) { /* of a queue that had this number before */
+            s->filter[id].count = 0;
+            s->filter[id].text[0] = 0;
+            s->filter[id].version++;
+        }
         q->slots = o.slots;
         q->credit = o.credit;
         q->direct = o.direct;
@@ -351,6 +357,9 @@ int rb_queue_remove(struct rb_cluster *c, uint32_t queue)
         }
         if (rc == 0 && q->observes)
             c->reg->state->queue[q->observes - 1].observer = 0;
+        for (uint32_t hop = 0; rc == 0 && hop < RB_MAX_QUEUES; hop++)
+            if (c->reg->state->queue[hop].feeds == queue + 1)
+                c->reg->state->queue[hop].feeds = UINT32_MAX;
         if (rc == 0)
             q->used = 0;
     }
@@ -443,6 +452,18 @@ static void holder_info(struct rb_cluster *c, uint32_t queue, unsigned e, int32_
     }
 }
 
+/* Packets that a client has sent and nobody has read yet; not the empties that it gave back, which lie there too. The ring is the client's to
+ * write: what it says is for people, and each slot is looked at once. */
+static uint32_t sent_unread(const struct rb_ring *r)
+{
+    uint32_t c = rb_get(&r->ctl->c), n = RB_MIN(rb_load_acquire(&r->ctl->p) - c, r->slots), packets = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        rb_desc d = {.word = ((volatile struct rb_slot *)r->forward)[(c + i) & r->mask].word};
+        packets += rb_desc_length(&d) != 0;
+    }
+    return packets;
+}
+
 static void leg_info(struct rb_cluster *c, uint32_t number, rb_queue_info *info)
 {
     struct rb_leg *l = rb_leg_of(c, number);
@@ -461,7 +482,7 @@ static void leg_info(struct rb_cluster *c, uint32_t number, rb_queue_info *info)
     } else {
         info->granted = lent;
         if (!info->count)
-            info->count = unread;
+            info->count = sent_unread(&r);
         info->rx_packets += rb_get(&l->packets);
         info->rx_bytes += rb_get(&l->bytes);
         if (l->kind == RB_LEG_DIRECT) {
@@ -476,7 +497,7 @@ static void leg_info(struct rb_cluster *c, uint32_t number, rb_queue_info *info)
     if (book && !info->server_pid)
         info->server_pid = rb_byte_holder(c->reg, RB_LOCK_BOOK + book - 1);
     const rb_a64 *ledger = book ? c->reg->ledgers + (uint64_t)(book - 1) * c->reg->state->capacity : NULL;
-    for (uint32_t i = 0; ledger && rb_get(&l->release) == 2 && i < c->buffers; i++)
+    for (uint32_t i = 0; ledger && rb_get(&l->release) == 2 && i < c->reg->state->capacity; i++)
         info->quarantined += RB_WORD_KIND(rb_get(&ledger[i])) == RB_W_QUARANTINED && RB_WORD_LEG(rb_get(&ledger[i])) == number;
     for (int i = 0; i < RB_DROP_REASONS; i++)
         info->drops[i] += rb_get(&l->drops[i]);
@@ -486,6 +507,7 @@ int rb_queue_get_info(rb_cluster *c, uint32_t queue, rb_queue_info *info)
 {
     memset(info, 0, sizeof *info);
     info->id = queue;
+    info->feeds = -1;
     if (!c->reg) {
         for (uint32_t l = 0; l < c->lanes; l++)
             for (uint32_t i = 0; i < RB_LANE_QUEUES; i++) {
@@ -497,7 +519,10 @@ int rb_queue_get_info(rb_cluster *c, uint32_t queue, rb_queue_info *info)
                 info->credit = e->credit;
                 info->paused = rb_get(&e->paused);
                 info->direct = e->kind == RB_LEG_DIRECT;
-                info->count = RB_MIN(rb_get(&lane->ctl[i].p) - rb_get(&lane->ctl[i].c), e->slots);
+                struct rb_ring r;
+                if (rb_place_ring(c, (uint64_t)l << 32 | (i + 1), &r, NULL) < 0)
+                    continue;
+                info->count = e->kind == RB_LEG_LEND ? RB_MIN(rb_get(&r.ctl->p) - rb_get(&r.ctl->c), r.slots) : sent_unread(&r);
                 info->packets = rb_get(&lane->ctl[i].packets);
                 info->bytes = rb_get(&lane->ctl[i].bytes);
             }
@@ -512,6 +537,8 @@ int rb_queue_get_info(rb_cluster *c, uint32_t queue, rb_queue_info *info)
     info->slots = q->slots;
     info->credit = q->credit;
     info->direct = q->direct;
+    info->feeds = q->feeds && q->feeds <= RB_MAX_QUEUES ? (int32_t)q->feeds - 1 : -1;
+    memcpy(info->filter, c->reg->state->filter[queue].text, sizeof info->filter - 1);
     info->paused = rb_get(&rb_leg_of(c, 2 * queue + RB_LEG_R)->paused);
     holder_info(c, queue, 0, &info->producer_pid, &info->producer_since, info->producer_vm, info->producer_name);
     holder_info(c, queue, 1, &info->consumer_pid, &info->consumer_since, info->consumer_vm, info->consumer_name);

@@ -7,7 +7,8 @@
  *   session, which consumes nothing until the lender has echoed it.
  * - A VM let go of a lane: its lender takes home all that is not unread.
  */
-#include "rb_internal.h"
+#include "hook.h"
+#include "rb_bell.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,6 +21,21 @@ int rb_book_dead(struct rb_registry *reg, uint32_t book)
 
 /* ---- intents ----------------------------------------------------------------------------------------------------- */
 
+/* A bit of a shared buffer, in the ledger alone. */
+static int clear_bit(struct rb_server *s, uint32_t at, uint64_t w, uint64_t bit)
+{
+    uint64_t mask = rb_get(&s->masks[at]);
+    if (!(mask & bit))
+        return 0;
+    if (mask != bit)
+        rb_set(&s->masks[at], mask & ~bit);
+    else if (RB_WORD_SUBKIND(w) == RB_SUB_SHARED)
+        rb_set(&s->ledger[at], RB_WORD_LEVEL0(w));
+    else if (!RB_WORD_SUBKIND(w))
+        rb_set(&s->ledger[at], RB_WORD(RB_W_HOME, 0));
+    return 1;
+}
+
 /* One entry of a lend or grant that was not committed: set back only what reads exactly as this operation would have written it. */
 static void undo_lend(struct rb_server *s, uint32_t leg, uint32_t handle)
 {
@@ -29,22 +45,42 @@ static void undo_lend(struct rb_server *s, uint32_t leg, uint32_t handle)
         rb_set(&s->ledger[at], RB_WORD_LEVEL0(w));
     else if (w == RB_WORD(RB_W_LENT, leg))
         rb_set(&s->ledger[at], RB_WORD(RB_W_HOME, 0));
+    else if (rb_shared_word(w) && s->leg[leg])
+        clear_bit(s, at, w, s->leg[leg]->bit);
 }
 
 /* One entry of a take or collect that was not committed: validated and applied as the first time; what was applied already no longer
  * validates and is skipped. */
 static void redo_take(struct rb_server *s, struct rb_leg_ctx *l, uint32_t handle)
 {
-    uint32_t at = rb_number(s->c, handle), leg;
+    uint32_t at = rb_number(s->c, handle);
     uint64_t w = at == UINT32_MAX ? 0 : rb_get(&s->ledger[at]);
-    struct rb_leg_ctx *from;
-    int sub = RB_WORD_SUBKIND(w) == RB_W_LENT;
-    if (!sub && RB_WORD_KIND(w) != RB_W_LENT)
+    enum rb_by by;
+    struct rb_leg_ctx *from = w ? rb_holder_leg(s, l, at, w, &by) : NULL;
+    if (!from)
         return;
-    leg = sub ? RB_WORD_SUBLEG(w) : RB_WORD_LEG(w);
-    if (leg != l->number && (rb_server_leg(s, leg, &from) < 0 || !l->domain || from->domain != l->domain || l->kind != RB_LEG_GRANT))
-        return;
-    rb_set(&s->ledger[at], sub ? RB_WORD_LEVEL0(w) : RB_WORD(RB_W_HOME, 0));
+    if (by == RB_BY_BIT)
+        clear_bit(s, at, w, from->bit);
+    else
+        rb_set(&s->ledger[at], by == RB_BY_SUB ? RB_WORD_LEVEL0(w) : RB_WORD(RB_W_HOME, 0));
+}
+
+/* Each output for itself: committed, or not. */
+static void recover_fan(struct rb_server *s, uint32_t n)
+{
+    for (uint64_t mask = rb_get(&s->rec->outputs); mask; mask &= mask - 1) {
+        uint32_t i = (uint32_t)__builtin_ctzll(mask), to = rb_get(&s->rec->output[i]);
+        struct rb_leg_ctx *l;
+        if (!to || to & RB_OUTPUT_DEVICE || rb_server_leg(s, to - 1, &l) < 0)
+            continue;
+        rb_a32 *committed = &l->rec->committed[RB_IX_P];
+        for (uint32_t k = 0; rb_get(committed) == rb_get(&s->rec->bases[i]) && k < n; k++)
+            undo_lend(s, l->number, s->rec->handles[k]);
+        rb_order();
+        rb_store_release(&l->ring.ctl->p, rb_get(committed));
+        l->ring.p = rb_get(committed);
+        l->ring.c = l->ring.p - l->ring.slots;
+    }
 }
 
 void rb_recover_intent(struct rb_server *s)
@@ -55,7 +91,9 @@ void rb_recover_intent(struct rb_server *s)
     struct rb_leg_ctx *l;
     if (op == RB_OP_NONE)
         return;
-    if (n <= RB_MAX_BURST && leg < RB_MAX_LEGS && rb_server_leg(s, leg, &l) == 0) {
+    if (op == RB_OP_FAN && n <= RB_MAX_BURST) {
+        recover_fan(s, n);
+    } else if (n <= RB_MAX_BURST && leg < RB_MAX_LEGS && rb_server_leg(s, leg, &l) == 0) {
         static const int index_of[] = {[RB_OP_LEND] = RB_IX_P, [RB_OP_TAKE] = RB_IX_RC, [RB_OP_GRANT] = RB_IX_RP, [RB_OP_COLLECT] = RB_IX_C};
         rb_a32 *committed = &l->rec->committed[index_of[op]];
         rb_a32 *in_lane = op == RB_OP_LEND ? &l->ring.ctl->p : op == RB_OP_TAKE ? &l->ring.ctl->rc : op == RB_OP_GRANT ? &l->ring.ctl->rp : &l->ring.ctl->c;
@@ -101,7 +139,15 @@ static void set_bit(uint8_t *bits, uint32_t i) { bits[i / 8] |= (uint8_t)(1u << 
 static int lent_on(struct rb_server *s, uint32_t number, uint32_t leg)
 {
     uint64_t w = rb_get(&s->ledger[number]);
-    return w == RB_WORD(RB_W_LENT, leg) || (RB_WORD_SUBKIND(w) == RB_W_LENT && RB_WORD_SUBLEG(w) == leg);
+    return w == RB_WORD(RB_W_LENT, leg) || (RB_WORD_SUBKIND(w) == RB_W_LENT && RB_WORD_SUBLEG(w) == leg) ||
+           (rb_shared_word(w) && s->leg[leg] && rb_get(&s->masks[number]) & s->leg[leg]->bit);
+}
+
+/* And is that by its bit? */
+static int shared_on(struct rb_server *s, uint32_t number, uint32_t leg)
+{
+    uint64_t w = rb_get(&s->ledger[number]);
+    return rb_shared_word(w) && !(RB_WORD_SUBKIND(w) == RB_W_LENT && RB_WORD_SUBLEG(w) == leg);
 }
 
 /* Mark what is unread between two indices of a forward ring, newest first, and zero what cannot be right: a handle that is not lent on this
@@ -160,6 +206,17 @@ void rb_leg_hand_over(struct rb_server *s, struct rb_leg_ctx *l)
             if (at == UINT32_MAX || !lent_on(s, at, l->number))
                 continue;
             uint64_t w = rb_get(&s->ledger[at]);
+            if (shared_on(s, at, l->number)) {
+                uint64_t bit = rb_leg_bit(s, t), mask = rb_get(&s->masks[at]);
+                if (!bit || mask & bit) /* it stays l's, and comes home with the next session there */
+                    continue;
+                rb_set(&s->masks[at], (mask & ~l->bit) | bit);
+                l->shared--;
+                t->shared++;
+                l->lent--;
+                t->lent++;
+                continue;
+            }
             rb_set(&s->ledger[at], RB_WORD_SUBKIND(w) ? (w & ~(0xffffull << 21)) | (uint64_t)t->number << 21 : RB_WORD(RB_W_LENT, t->number));
             l->lent--;
             t->lent++;
@@ -186,6 +243,15 @@ static void reclaim_word(struct rb_server *s, uint32_t number, uint64_t w, void 
         if (RB_WORD_SUBKIND(v) && RB_WORD_ORIGIN(v) == l->number)
             return;
     }
+    if (shared_on(s, number, l->number)) {
+        if (r->how == RB_RECLAIM_QUARANTINE) /* as above: others read it, and it stays this VM's until the VM is gone */
+            return;
+        if (rb_unshare(s, number, rb_handle_of(s->c, number), l->bit)) {
+            l->lent--;
+            l->shared--;
+        }
+        return;
+    }
     l->lent--;
     if (RB_WORD_SUBKIND(w)) {
         rb_set(&s->ledger[number], RB_WORD_LEVEL0(w));
@@ -202,7 +268,7 @@ static void reclaim_word(struct rb_server *s, uint32_t number, uint64_t w, void 
 static int reclaim(struct rb_server *s, struct rb_leg_ctx *l, enum rb_reclaim how, const struct rb_ring *copy, uint32_t *unread_from)
 {
     struct reclaim r = {.l = l, .how = how};
-    r.keep = calloc(1, s->c->buffers / 8 + 1);
+    r.keep = calloc(1, s->c->room / 8 + 1);
     if (!r.keep)
         return -ENOMEM; /* nothing is lost: the next session tries again */
     /* The peer's indices afresh: what was cached is of its earlier life. */
@@ -278,7 +344,10 @@ void rb_renew(struct rb_server *s, struct rb_leg_ctx *l)
     rb_store_release(l->kind == RB_LEG_LEND ? &l->ring.ctl->rc : &l->ring.ctl->rp, l->kind == RB_LEG_LEND ? l->ring.rc : l->ring.rp);
     rb_order();
     rb_set(&l->rec->echoed, session);
+    rb_bell_promise(l);
     rb_store_release(&l->ring.ctl->echo, session);
+    if (l->bell)
+        rb_bell_ring(l->bell);
     if (l->vm) {
         uint64_t now = rb_mono_ns();
         l->renew_after = now + 8 * (now - begin);
@@ -392,7 +461,8 @@ int rb_reap_all(struct rb_cluster *c)
         state->book[b].owner.pid = 0;
         if (rb_server_act(c, b, &s) < 0)
             continue;
-        rb_zc_release_dead(&s);
+        rb_zc_release(&s);
+        rb_hook_sweep();
         rb_server_sync(&s);
         rb_server_service(&s);
         rb_server_end(&s);
@@ -417,6 +487,8 @@ int rb_reap_all(struct rb_cluster *c)
             }
             memset(h, 0, sizeof *h);
         }
+    rb_taker_reap(c);
+    rb_feed_reap(c);
     rb_leave(c->reg);
     return found;
 }
@@ -437,7 +509,7 @@ int rb_book_list(rb_cluster *c, rb_book_info *out, int n)
             o->id = b;
             o->pid = rb_byte_holder(c->reg, RB_LOCK_BOOK + b);
             memcpy(o->name, r->owner.name, sizeof o->name);
-            for (uint32_t e = 0; e < (c->buffers + RB_EXTENT - 1) / RB_EXTENT; e++)
+            for (uint32_t e = 0; e < c->reg->state->capacity / RB_EXTENT; e++) /* of all pools, mapped here or not */
                 for (uint32_t i = 0; i < RB_EXTENT && c->reg->extent[e] == b + 1; i++) {
                     uint64_t w = rb_get(&ledger[e * RB_EXTENT + i]);
                     uint32_t kind = RB_WORD_KIND(w);

@@ -34,6 +34,12 @@ void rb_share_file(int fd, unsigned mode)
         errno = 0;
 }
 
+const char *rb_group_cure(void)
+{
+    return getgrnam("ringbar") ? "join group ringbar: usermod -aG ringbar USER, and log in again"
+                               : "run it as root (sudo); or make the group first (groupadd --system ringbar; usermod -aG ringbar USER), then the clusters anew";
+}
+
 static const char *shm_dir(void)
 {
     const char *dir = getenv("RINGBAR_SHM");
@@ -240,7 +246,7 @@ int rb_segment_open(const char *path, uint32_t cluster, uint32_t kind, uint64_t 
     if (fd < 0) {
         int err = errno;
         if (err == EACCES || err == EPERM)
-            return rb_fail(EACCES, "no-permission", "join group ringbar: usermod -aG ringbar USER, and log in again", "no permission to open %s", path);
+            return rb_fail(EACCES, "no-permission", rb_group_cure(), "no permission to open %s", path);
         return rb_fail(err, err == ENOENT ? "no-such-cluster" : "failed", NULL, "%s could not be opened: %s", path, strerror(err));
     }
     if (fstat(fd, &st) != 0 || st.st_size < 4096 || (st.st_size & (st.st_size - 1))) {
@@ -285,7 +291,7 @@ int rb_segment_map(const struct rb_segment_record *r, struct rb_mapping *out)
         return 0;
     out->base = NULL;
     if (err == EACCES || err == EPERM)
-        return rb_fail(EACCES, "no-permission", "join group ringbar: usermod -aG ringbar USER, and log in again", "no permission to open %s", r->path);
+        return rb_fail(EACCES, "no-permission", rb_group_cure(), "no permission to open %s", r->path);
     return rb_fail(ENODEV, "detached", NULL, "%s%s%s could not be mapped: %s", r->vm[0] ? "the lane of VM " : "", r->vm[0] ? r->vm : "", r->vm[0] ? "" : r->path,
                    strerror(err));
 }

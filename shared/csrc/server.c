@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * What a lender owes its borrowers beyond single bursts: returns taken in, grants refilled, sessions answered, VMs relayed, legs moved. */
-#include "rb_internal.h"
+#include "rb_bell.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -65,8 +65,12 @@ int rb_server_service(struct rb_server *s)
         rb_server_sync(s);
     for (uint32_t i = 0; i < s->actives; i++)
         did += service_leg(s, s->active[i]);
+    if (!s->acting)
+        did += rb_feed_service(s);
     if (s->c->waiting && did && !s->acting)
         rb_end_finish(s->c);
+    if (__builtin_expect(s->closing != 0, 0) && !s->acting)
+        rb_pool_release(s);
     rb_set(&s->rec->free, s->free);
     return did;
 }
@@ -104,6 +108,8 @@ static void leg_move(struct rb_server *s, struct rb_leg_ctx *l)
     uint32_t lane = (uint32_t)(wanted >> 32);
     l->domain = s->c->reg->state->lane[lane].domain;
     l->vm = s->c->reg->state->lane[lane].vm[0] != 0;
+    rb_bell_free(s->c, l->bell);
+    l->bell = NULL;
 }
 
 /* Does somebody wait for what a VM sends on this queue, other than a program that reads it right here? */
@@ -148,6 +154,7 @@ int rb_server_sync(struct rb_server *s)
         return rc;
     uint32_t epoch = rb_load_acquire(&s->rec->epoch);
     bool pending = false;
+    rb_pools_look(c);
     if (!s->acting)
         take_on(s);
     for (uint32_t n = 0; n < RB_MAX_LEGS; n++) {
@@ -162,11 +169,15 @@ int rb_server_sync(struct rb_server *s)
         if (!l) {
             if (rb_server_leg(s, n, &l) < 0)
                 continue;
-            if (!s->acting && l->kind == RB_LEG_GRANT)
+            if (!s->acting && l->kind == RB_LEG_GRANT && !l->own)
                 l->claimed = rb_server_claim(s, l->credit, "the grant of a sending VM") == 0;
         }
+        rb_leg_pools(s, l);
+        if (!s->acting && l->own && !l->claimed)
+            l->claimed = rb_pool_claim(s, l->own) == 0;
         uint32_t release = rb_get(&rec->release);
         l->domain = c->reg->state->lane[l->place >> 32].domain;
+        rb_filter_sync(s, l);
         l->paused = rb_get(&rec->paused) || release == 2; /* nothing more to a VM that is being forced off */
         if (release == 3) { /* the queue is being destroyed */
             rb_leg_reclaim(s, l, RB_RECLAIM_ALL);
@@ -209,12 +220,29 @@ int rb_server_sync(struct rb_server *s)
             if (release == 1)
                 rb_set(&rec->release, 0);
         }
-        if (rb_get(&rec->wanted) != rb_get(&rec->place))
+        if (rb_get(&rec->wanted) != rb_get(&rec->place)) {
+            const bool was_a_vms = l->vm;
             leg_move(s, l);
-        else if (c->reg->state->place[l->place >> 32][(uint32_t)l->place - 1].used == 2)
+            if (was_a_vms && !l->vm && !s->acting && !reader_of(c, l) && !l->leaving) { /* it came with the VM, and nobody here sends on it */
+                if (!l->lent && rb_leg_of(c, n | RB_LEG_T)->kind == RB_LEG_NONE) {
+                    rb_set(&rec->book, 0);
+                    rb_server_drop_leg(s, l);
+                    continue;
+                }
+                l->leaving = true;
+                c->waiting++;
+            }
+        } else if (c->reg->state->place[l->place >> 32][(uint32_t)l->place - 1].used == 2)
             rb_place_live(c, l->place); /* whoever moved it here died before it said so */
+        rb_bell_join(s, l);
     }
     rb_observe_link(s);
+    s->closing = 0;
+    for (uint32_t p = 1; p < RB_MAX_POOLS; p++)
+        if (s->own[p].stack && rb_get(&c->reg->state->pool[p].state) == RB_SEG_CLOSING)
+            s->closing |= 1u << p;
+    if (s->closing)
+        rb_pool_release(s);
     if (!pending) {
         s->epoch = epoch;
         rb_store_release(&s->rec->seen, epoch);

@@ -13,12 +13,36 @@
 
 static void drop_try(struct rb_prog *p)
 {
+    if (p->bound)
+        rb_prog_close_bound(p);
     if (p->libxdp)
         xdp_program__close(p->libxdp);
     if (p->object)
         bpf_object__close(p->object);
     memset(p, 0, sizeof *p);
-    p->fd = p->map_fd = -1;
+    p->fd = p->map_fd = p->rules_fd = p->passed_fd = p->switch_fd = -1;
+}
+
+/* The maps of the loaded object; false when one is missing. */
+static bool find_maps(struct rb_prog *p)
+{
+    struct bpf_map *map;
+
+    p->map_fd = bpf_object__find_map_fd_by_name(p->object, "ringbar_xsks");
+    p->rules_fd = bpf_object__find_map_fd_by_name(p->object, "ringbar_rules");
+    p->passed_fd = bpf_object__find_map_fd_by_name(p->object, "ringbar_passed");
+    bpf_object__for_each_map(map, p->object) {
+        if (bpf_map__is_internal(map) && strstr(bpf_map__name(map), ".bss") && bpf_map__value_size(map) == sizeof(uint32_t))
+            p->switch_fd = bpf_map__fd(map);
+    }
+    return p->map_fd >= 0 && p->rules_fd >= 0 && p->passed_fd >= 0 && p->switch_fd >= 0;
+}
+
+void rb_prog_record(struct rb_xdp *dev, struct rb_xdp_owner *o)
+{
+    rb_xdp_record(o, dev->ifindex);
+    for (uint32_t i = 0; i < dev->n; i++)
+        o->queues[dev->sock[i].queue / 64] |= 1ull << (dev->sock[i].queue % 64);
 }
 
 /* Open the compiled program anew (an object can be loaded once) with our record and a map for all NIC queues. */
@@ -32,9 +56,7 @@ static int open_object(struct rb_xdp *dev, struct bpf_object **out)
 
     if (!obj)
         return -errno;
-    rb_xdp_record(&owner, dev->ifindex);
-    for (uint32_t i = 0; i < dev->n; i++)
-        owner.queues[dev->sock[i].queue / 64] |= 1ull << (dev->sock[i].queue % 64);
+    rb_prog_record(dev, &owner);
     bpf_object__for_each_map(map, obj) {
         if (bpf_map__is_internal(map) && strstr(bpf_map__name(map), ".rodata"))
             written = !bpf_map__set_initial_value(map, &owner, sizeof owner); /* the record is all there is in it */
@@ -44,6 +66,8 @@ static int open_object(struct rb_xdp *dev, struct bpf_object **out)
         bpf_object__close(obj);
         return -EINVAL;
     }
+    if (dev->fragments)
+        bpf_program__set_flags(bpf_object__find_program_by_name(obj, RB_XDP_PROGRAM), BPF_F_XDP_HAS_FRAGS);
     *out = obj;
     return 0;
 }
@@ -103,9 +127,10 @@ static int attach_mode(struct rb_xdp *dev, bool native, bool dispatch, bool alon
         drop_try(p);
     if (r)
         return r;
-    p->map_fd = bpf_object__find_map_fd_by_name(p->object, "ringbar_xsks");
     p->native = native;
+    p->frags = dev->fragments;
     p->attached = true;
+    find_maps(p);
     /* libxdp falls back to attaching a program alone without saying so: then ours is the interface's own. */
     uint32_t main_id = 0;
     p->dispatched = p->libxdp && !bpf_xdp_query_id(dev->ifindex, 0, &main_id) && main_id != p->id;
@@ -202,6 +227,15 @@ int rb_prog_attach(struct rb_xdp *dev, bool may_native, bool may_generic, struct
         may_generic = !is_native;
     }
 
+    r = -EOPNOTSUPP;
+    if (dev->opt.flags & RB_XDP_METADATA) {
+        r = s.id ? -EBUSY : !may_native ? -EOPNOTSUPP : rb_prog_attach_bound(dev);
+        if (!r)
+            goto out;
+        rb_xdp_note(dev, "no receive time and hash from the driver: %s", s.id ? "another program is on the interface" :
+                    r == -EOPNOTSUPP || r == -EINVAL ? "the driver gives none" : reason(-r));
+        rb_xdp_forget();
+    }
     r = -EOPNOTSUPP;
     if (may_native) {
         r = attach_mode(dev, true, have_bpffs, !s.id);

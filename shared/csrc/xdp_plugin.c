@@ -39,6 +39,9 @@ static void in_child(void)
             rb_xdp_socket_close(&d->sock[i]);
         d->n = 0;
         d->prog.attached = false; /* the parent's */
+        if (d->promiscuous >= 0)
+            close(d->promiscuous);
+        d->promiscuous = -1;
     }
     open_devices = NULL;
     pthread_mutex_init(&open_lock, NULL);
@@ -122,7 +125,7 @@ static int bind_queues(struct rb_xdp *dev, uint32_t first, uint32_t count, bool 
             return r;
         s->queue = first + i;
         if (base)
-            r = rb_xdp_socket_bind(dev, s, XDP_USE_NEED_WAKEUP | (zero_copy ? XDP_ZEROCOPY : XDP_COPY), err);
+            r = rb_xdp_socket_bind(dev, s, (uint16_t)(XDP_USE_NEED_WAKEUP | (zero_copy ? XDP_ZEROCOPY : XDP_COPY) | (dev->fragments ? XDP_USE_SG : 0)), err);
         else
             r = rb_xdp_socket_bind(dev, s, XDP_SHARED_UMEM, err);
         if (r) {
@@ -151,6 +154,10 @@ static int bind_all(struct rb_xdp *dev, uint32_t first, uint32_t count, struct r
 
     if (dev->prog.attached && !dev->prog.native)
         may_zero = false; /* a generic program never sees a zero-copy queue's packets */
+    if (may_zero && dev->opt.flags & RB_XDP_RX && rb_xdp_zero_copy_cuts(dev)) {
+        rb_xdp_note(dev, "no zero copy: igb would cut long frames; it takes them whole into buffers of 4096 bytes");
+        may_zero = false;
+    }
     if (may_zero) {
         r = bind_queues(dev, first, count, true, err);
         if (!r && !sends(dev))
@@ -198,11 +205,38 @@ static int attach_and_bind(struct rb_xdp *dev, uint32_t first, uint32_t count, s
     return bind_all(dev, first, count, err);
 }
 
+/* Which queues are meant; one that only sends takes one. */
+static void span(const struct rb_xdp_options *o, uint32_t nic_queues, uint32_t *first, uint32_t *count)
+{
+    bool all = o->queue == RB_XDP_ALL_QUEUES;
+
+    *first = all ? 0 : o->queue;
+    *count = !(o->flags & RB_XDP_RX) ? 1 : all ? nic_queues : o->queues ? o->queues : 1;
+}
+
+/* What a device that receives was asked beyond receiving. */
+static int receive_so(struct rb_xdp *dev, const struct rb_xdp_options *o, struct rb_xdp_error *err)
+{
+    int r = o->rule_count ? rb_prog_steer(dev, o->rules, o->rule_count, err) : 0;
+
+    if (!r && o->flags & RB_XDP_PROMISCUOUS) {
+        dev->promiscuous = rb_xdp_promiscuous_open(dev->ifindex);
+        if (dev->promiscuous < 0) {
+            r = dev->promiscuous;
+            if (r == -EPERM || r == -EACCES)
+                return rb_xdp_fail_permission(err, "set an interface to promiscuous mode");
+            rb_xdp_fail(err, r, "%s cannot be set to promiscuous mode: %s", dev->ifname, strerror(-r));
+        }
+    }
+    return r;
+}
+
 static int xdp_open(const struct rb_xdp_options *given, struct rb_xdp **out, struct rb_xdp_error *err)
 {
     struct rb_xdp_options opt;
     struct rb_xdp *dev;
     struct nic nic;
+    struct counters counters;
     uint32_t first, count;
     int r;
 
@@ -224,6 +258,7 @@ static int xdp_open(const struct rb_xdp_options *given, struct rb_xdp **out, str
     dev->opt.ifname = dev->ifname;
     dev->ifindex = nic.ifindex;
     dev->mtu = nic.mtu;
+    dev->fragments = rb_xdp_needs_fragments(&opt, &nic);
     dev->nic_queues = nic.queues;
     dev->chunk_size = opt.chunk_size;
     dev->headroom = opt.headroom;
@@ -231,10 +266,17 @@ static int xdp_open(const struct rb_xdp_options *given, struct rb_xdp **out, str
     dev->umem_size = opt.umem_size;
     dev->prog.fd = dev->prog.map_fd = -1;
     dev->netns = current_netns();
-    first = opt.queue == RB_XDP_ALL_QUEUES ? 0 : opt.queue;
-    count = opt.queue == RB_XDP_ALL_QUEUES && opt.flags & RB_XDP_RX ? nic.queues : 1;
-
+    dev->netlink = rb_xdp_netlink_open();
+    dev->promiscuous = -1;
+    if (!rb_xdp_counters(dev->netlink, dev->ifindex, &counters)) {
+        dev->nic_rx_dropped = counters.rx_dropped;
+        dev->nic_tx_dropped = counters.tx_dropped;
+    }
+    span(&opt, nic.queues, &first, &count);
     r = attach_and_bind(dev, first, count, err);
+    if (!r && opt.flags & RB_XDP_RX)
+        r = receive_so(dev, &opt, err);
+    dev->opt.rules = NULL; /* the caller's */
     if (r) {
         release(dev, NULL);
         return r;
@@ -244,10 +286,9 @@ static int xdp_open(const struct rb_xdp_options *given, struct rb_xdp **out, str
     return 0;
 }
 
-static int xdp_add_rx(struct rb_xdp *dev, uint32_t queue, struct rb_xdp_error *err)
+static int xdp_add_rx(struct rb_xdp *dev, const struct rb_xdp_options *opt, struct rb_xdp_error *err)
 {
-    uint32_t first = queue == RB_XDP_ALL_QUEUES ? 0 : queue;
-    uint32_t count = queue == RB_XDP_ALL_QUEUES ? dev->nic_queues : 1, had = dev->n;
+    uint32_t first, count, had = dev->n;
     struct rb_xdp_options want = dev->opt;
     struct nic nic;
     int back, r;
@@ -258,13 +299,17 @@ static int xdp_add_rx(struct rb_xdp *dev, uint32_t queue, struct rb_xdp_error *e
     if (dev->prog.attached)
         return 0;
     want.flags |= RB_XDP_RX;
-    want.queue = queue;
+    want.queue = opt->queue;
+    want.queues = opt->queues;
+    span(&want, dev->nic_queues, &first, &count);
     back = enter_netns(dev);
     if (!(r = rb_xdp_look_at_nic(dev->ifname, &nic, err)) && !(r = rb_xdp_check_nic(&want, &nic, err)))
         r = bind_queues(dev, first, count, dev->zero_copy, err);
     if (!r)
         r = rb_prog_attach(dev, want.mode != RB_XDP_GENERIC,
                            !dev->zero_copy && (want.mode == RB_XDP_AUTO || want.mode == RB_XDP_GENERIC), err);
+    if (!r && (r = receive_so(dev, opt, err)))
+        rb_prog_detach(dev);
     if (r)
         while (dev->n > had)
             rb_xdp_socket_close(&dev->sock[--dev->n]);
@@ -310,8 +355,12 @@ static int release(struct rb_xdp *dev, struct rb_xdp_error *err)
             r = 0;
     }
     leave_netns(back);
-    if (dev->netns >= 0)
-        close(dev->netns);
+    for (unsigned i = 0; i < 3; i++) {
+        int fd = (int[]){dev->netns, dev->netlink, dev->promiscuous}[i];
+
+        if (fd >= 0)
+            close(fd);
+    }
     free(dev);
     return r;
 }
@@ -330,9 +379,24 @@ static uint32_t xdp_fds(struct rb_xdp *dev, int *fds, uint32_t max)
     return dev->n;
 }
 
+static int xdp_link(struct rb_xdp *dev)
+{
+    struct counters now;
+    int r = rb_xdp_counters(dev->netlink, dev->ifindex, &now);
+
+    return r == -ENODEV ? r : !r && !(now.flags & IFF_RUNNING) ? -ENETDOWN : 0;
+}
+
 static int xdp_stats(struct rb_xdp *dev, struct rb_xdp_stats *out)
 {
+    struct counters now;
+
     memset(out, 0, sizeof *out);
+    if (!rb_xdp_counters(dev->netlink, dev->ifindex, &now)) {
+        out->nic_rx_dropped = now.rx_dropped - dev->nic_rx_dropped;
+        out->nic_tx_dropped = now.tx_dropped - dev->nic_tx_dropped;
+    }
+    out->passed = rb_prog_passed(dev);
     for (uint32_t i = 0; i < dev->n; i++) {
         struct xdp_statistics s = {0};
         socklen_t len = sizeof s;
@@ -365,6 +429,8 @@ static void xdp_info(struct rb_xdp *dev, struct rb_xdp_info *out)
         .first_queue = dev->n ? dev->sock[0].queue : 0,
         .max_frame = dev->chunk_size - dev->headroom - RB_XDP_KERNEL_HEADROOM,
         .mtu = dev->mtu,
+        .fragments = dev->fragments,
+        .metadata = dev->prog.bound,
         .fill_size = dev->opt.fill_size,
         .tx_size = dev->opt.tx_size,
         .receives = dev->prog.attached,
@@ -410,16 +476,19 @@ __attribute__((visibility("default"))) const struct rb_xdp_ops *rb_xdp_ops(void)
         .size = sizeof(struct rb_xdp_ops),
         .open = xdp_open,
         .add_rx = xdp_add_rx,
+        .steer = rb_prog_steer,
         .close = xdp_close,
         .fill = rb_xdp_fill,
         .fill_space = rb_xdp_fill_space,
         .recv = rb_xdp_recv,
+        .waiting = rb_xdp_waiting,
         .send = rb_xdp_send,
         .tx_space = rb_xdp_tx_space,
         .complete = rb_xdp_complete,
         .tx_pending = rb_xdp_tx_pending,
         .wake = rb_xdp_wake,
         .fds = xdp_fds,
+        .link = xdp_link,
         .stats = xdp_stats,
         .mode = xdp_mode,
         .info = xdp_info,

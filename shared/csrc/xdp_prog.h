@@ -46,6 +46,9 @@ int rb_xdp_detach_main(int ifindex, const struct scan *s);
 int rb_xdp_detach_part(int ifindex, uint32_t id);
 void rb_xdp_sweep_pins(void);
 const char *rb_xdp_bpffs(void);         /* where libxdp keeps its files, mounted when that is permitted; or NULL */
+int rb_prog_attach_bound(struct rb_xdp *dev);   /* with metadata, alone; *prog is as before when it fails */
+void rb_prog_close_bound(struct rb_prog *p);
+void rb_prog_record(struct rb_xdp *dev, struct rb_xdp_owner *o);  /* this process, the device's queues */
 void rb_xdp_record(struct rb_xdp_owner *o, int ifindex);    /* this process, no queues */
 bool rb_xdp_owns_queue(const struct rb_xdp_owner *o, uint32_t queue);
 uint64_t rb_xdp_pid_namespace(void);

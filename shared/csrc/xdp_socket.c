@@ -92,8 +92,8 @@ static int fail_umem(struct rb_xdp *dev, int code, struct rb_xdp_error *err)
 
     switch (code) {
     case EFAULT:
-        rb_xdp_fail(err, -code, "the pool's memory is not mapped writable as a whole, so %s cannot use it", dev->ifname);
-        rb_xdp_cure(err, "open the cluster's pool read-write on the host");
+        rb_xdp_fail(err, -code, "the pool's memory is not mapped writable as a whole, or lies on a disk: %s cannot use it", dev->ifname);
+        rb_xdp_cure(err, "open the cluster's pool read-write on the host; make clusters on tmpfs (RINGBAR_SHM, usually /dev/shm) or of huge pages");
         return -code;
     case ENOBUFS:
         getrlimit(RLIMIT_MEMLOCK, &lim);
@@ -111,6 +111,16 @@ static int fail_umem(struct rb_xdp *dev, int code, struct rb_xdp_error *err)
     }
 }
 
+static int busy_poll(int fd, uint32_t us)
+{
+    int on = 1, time = us > 1000000 ? 1000000 : (int)us, budget = 64;
+
+    return setsockopt(fd, SOL_SOCKET, SO_PREFER_BUSY_POLL, &on, sizeof on) || setsockopt(fd, SOL_SOCKET, SO_BUSY_POLL, &time, sizeof time) ||
+                   setsockopt(fd, SOL_SOCKET, SO_BUSY_POLL_BUDGET, &budget, sizeof budget)
+               ? -errno
+               : 0;
+}
+
 /* Open a socket with its rings; the first one also registers the UMEM. Leaves *s closed on failure. */
 int rb_xdp_socket_open(struct rb_xdp *dev, struct rb_sock *s, bool first, struct rb_xdp_error *err)
 {
@@ -124,7 +134,7 @@ int rb_xdp_socket_open(struct rb_xdp *dev, struct rb_sock *s, bool first, struct
         if (r == EPERM || r == EACCES)
             return rb_xdp_fail_permission(err, "open an AF_XDP socket");
         if (r == EAFNOSUPPORT) {
-            rb_xdp_fail(err, -r, "this kernel has no AF_XDP sockets (CONFIG_XDP_SOCKETS)");
+            rb_xdp_fail(err, -r, "this kernel has no AF_XDP sockets: they came with 4.18, and are built in with CONFIG_XDP_SOCKETS");
             rb_xdp_cure(err, "use the device as %s instead of zc:%s, which copies each packet once", dev->ifname,
                         dev->ifname);
             return -r;
@@ -154,6 +164,14 @@ int rb_xdp_socket_open(struct rb_xdp *dev, struct rb_sock *s, bool first, struct
     int bytes = (int)(dev->opt.tx_size < 65536 ? dev->opt.tx_size * 8192 : 1 << 29);
     if (setsockopt(s->fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof bytes))
         setsockopt(s->fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes); /* less is slower, not wrong */
+    if (dev->opt.busy_poll_us && (r = busy_poll(s->fd, dev->opt.busy_poll_us))) {
+        rb_xdp_socket_close(s);
+        if (r == -EPERM)
+            return rb_xdp_fail_permission(err, "poll a driver");
+        rb_xdp_fail(err, r, "this kernel cannot poll %s in our system calls: %s", dev->ifname, r == -ENOPROTOOPT ? "that came with kernel 5.11" : strerror(-r));
+        rb_xdp_cure(err, "leave busy polling away");
+        return r;
+    }
     return 0;
 }
 
@@ -308,7 +326,16 @@ uint32_t rb_xdp_fill_space(struct rb_xdp *dev)
     return room;
 }
 
-static uint32_t recv_one(struct rb_sock *s, struct rb_xdp_frame *frames, uint32_t n)
+/* The first so many of n frames are whole packets. */
+static inline uint32_t whole(const struct rb_xdp_frame *frames, uint32_t n)
+{
+    while (n && frames[n - 1].flags & RB_XDP_MORE)
+        n--;
+    return n;
+}
+
+/* meta: the memory, when metadata may lie before a frame */
+static uint32_t recv_one(struct rb_sock *s, struct rb_xdp_frame *frames, uint32_t n, const uint8_t *meta, uint32_t chunk)
 {
     struct rb_ring *r = &s->rx;
     const struct xdp_desc *descs = r->entries;
@@ -319,8 +346,15 @@ static uint32_t recv_one(struct rb_sock *s, struct rb_xdp_frame *frames, uint32_
     for (uint32_t i = 0; i < n; i++) {
         const struct xdp_desc *d = &descs[(r->local + i) & r->mask];
 
-        frames[i] = (struct rb_xdp_frame){.addr = d->addr, .len = d->len, .flags = s->queue};
+        frames[i] = (struct rb_xdp_frame){.addr = d->addr, .len = d->len, .flags = s->queue | (d->options & XDP_PKT_CONTD ? RB_XDP_MORE : 0)};
+        if (meta && frames[i].addr % chunk >= sizeof(struct rb_xdp_meta)) {
+            uint32_t magic;
+
+            memcpy(&magic, meta + frames[i].addr - sizeof(struct rb_xdp_meta), sizeof magic);
+            frames[i].flags |= magic == RB_XDP_META_MAGIC ? RB_XDP_META : 0;
+        }
     }
+    n = whole(frames, n) ? whole(frames, n) : n; /* one that is longer than the burst goes on with the next */
     r->local += n;
     atomic_store_explicit(r->consumer, r->local, memory_order_release);
     return n;
@@ -328,31 +362,43 @@ static uint32_t recv_one(struct rb_sock *s, struct rb_xdp_frame *frames, uint32_
 
 uint32_t rb_xdp_recv(struct rb_xdp *dev, struct rb_xdp_frame *frames, uint32_t n)
 {
+    const uint8_t *meta = dev->prog.bound ? dev->umem_base : NULL;
     uint32_t done = 0;
 
     if (dev->n == 1)
-        return recv_one(dev->sock, frames, n);
+        return recv_one(dev->sock, frames, n, meta, dev->chunk_size);
     for (uint32_t i = 0; i < dev->n && done < n; i++) {
-        done += recv_one(&dev->sock[dev->recv_next], frames + done, n - done);
+        done += recv_one(&dev->sock[dev->recv_next], frames + done, n - done, meta, dev->chunk_size);
+        if (done && frames[done - 1].flags & RB_XDP_MORE)
+            break; /* its rest comes from the same queue */
         dev->recv_next = dev->recv_next + 1 < dev->n ? dev->recv_next + 1 : 0;
     }
     return done;
 }
 
-/* The kernel skips a descriptor that it finds invalid *without* completing it: such a buffer would be lost. */
-static bool sendable(const struct rb_xdp *dev, const struct rb_xdp_frame *f)
+uint32_t rb_xdp_waiting(struct rb_xdp *dev)
 {
-    return f->len >= RB_XDP_MIN_FRAME && f->len <= dev->chunk_size && f->addr < dev->umem_size &&
-           f->addr % dev->chunk_size + f->len <= dev->chunk_size;
+    uint32_t n = 0;
+
+    for (uint32_t i = 0; i < dev->n; i++)
+        n += atomic_load_explicit(dev->sock[i].rx.producer, memory_order_acquire) - dev->sock[i].rx.local;
+    return n;
+}
+
+/* The kernel skips a descriptor that it finds invalid *without* completing it: such a buffer would be lost. */
+static bool sendable(const struct rb_xdp *dev, const struct rb_xdp_frame *f, uint32_t least_len)
+{
+    return f->len >= least_len && f->len <= dev->chunk_size && f->addr < dev->umem_size &&
+           f->addr % dev->chunk_size + f->len <= dev->chunk_size && (dev->fragments || !(f->flags & RB_XDP_MORE));
 }
 
 /* One queue sends: packets stay in order, and one thread does not fill more. The completion ring has room for all that
  * is unfinished, so the kernel never has to hold back for it. */
-uint32_t rb_xdp_tx_space(struct rb_xdp *dev)
+uint32_t rb_xdp_tx_space(struct rb_xdp *dev, uint32_t want)
 {
     struct rb_sock *s = dev->sock;
 
-    return dev->n ? least(space(&s->tx, UINT32_MAX), s->comp.size - s->unfinished) : 0;
+    return dev->n ? least(want, least(space(&s->tx, want), s->comp.size - s->unfinished)) : 0;
 }
 
 int rb_xdp_send(struct rb_xdp *dev, const struct rb_xdp_frame *frames, uint32_t n)
@@ -360,14 +406,17 @@ int rb_xdp_send(struct rb_xdp *dev, const struct rb_xdp_frame *frames, uint32_t 
     struct rb_sock *s = dev->sock;
     struct rb_ring *r = &s->tx;
     struct xdp_desc *descs = r->entries;
-    uint32_t i;
+    uint32_t i, room;
 
     if (!dev->n)
         return -ENODEV;
-    n = least(n, least(space(r, n), s->comp.size - s->unfinished));
-    for (i = 0; i < n && sendable(dev, &frames[i]); i++)
-        descs[(r->local + i) & r->mask] = (struct xdp_desc){.addr = frames[i].addr, .len = frames[i].len};
-    if (n && !i)
+    room = least(n, least(space(r, n), s->comp.size - s->unfinished));
+    for (i = 0; i < room && sendable(dev, &frames[i], i && frames[i - 1].flags & RB_XDP_MORE ? 1 : RB_XDP_MIN_FRAME); i++)
+        descs[(r->local + i) & r->mask] =
+            (struct xdp_desc){.addr = frames[i].addr, .len = frames[i].len, .options = frames[i].flags & RB_XDP_MORE ? XDP_PKT_CONTD : 0};
+    bool cut = i == room && room < n; /* more room, and it could have gone on */
+    i = whole(frames, i);
+    if (room && !i && !cut)
         return -EINVAL;
     r->local += i;
     s->unfinished += i;
@@ -463,8 +512,8 @@ int rb_xdp_wake(struct rb_xdp *dev, uint32_t directions)
         for (uint32_t i = 0; i < dev->n; i++) {
             struct rb_sock *s = &dev->sock[i];
 
-            if (!wants_wakeup(&s->fill))
-                continue;
+            if (!wants_wakeup(&s->fill) && !(dev->opt.busy_poll_us && !filled(&s->rx)))
+                continue; /* polling: the driver works in our call, and only there */
             dev->rx_kicks++;
             if (recvfrom(s->fd, NULL, 0, MSG_DONTWAIT, NULL, NULL) < 0 && errno != EAGAIN && errno != EBUSY &&
                 errno != EINTR && errno != ENOBUFS)

@@ -18,23 +18,30 @@ from typing import TYPE_CHECKING
 from .errors import BadAddress, Busy, Detached, Error, Incompatible, NotFound
 
 if TYPE_CHECKING:
+    from . import workers
     from .burst import Burst
+    from .choose import Packets
     from .cluster import Cluster, Queue, clusters
     from .ends import Rx, RxTx, Tx
     from .flow import Flow
-    from .workers import Bridge, Worker
+    from .kinds import Balancer, Bridge, Delay, Fanout, Merge, Replicate
+    from .pipeline import Pipeline
+    from .workers import Pulse, Worker
 
     __version__: str
 
 __all__ = [
-    "BadAddress", "Bridge", "Burst", "Busy", "Cluster", "Detached", "Error", "Flow", "Incompatible",
-    "NotFound", "Queue", "Rx", "RxTx", "Tx", "Worker", "__version__", "clusters",
+    "BadAddress", "Balancer", "Bridge", "Burst", "Busy", "Cluster", "Delay", "Detached", "Error",
+    "Fanout", "Flow", "Incompatible", "Merge", "NotFound", "Packets", "Pipeline", "Pulse", "Queue",
+    "Replicate", "Rx", "RxTx", "Tx", "Worker", "__version__", "clusters", "workers",
 ]  # fmt: skip
 
 # What needs the C part is loaded when first asked for, so that addresses and errors are of use without it.
 _HOME = {
-    "Bridge": "workers", "Burst": "burst", "Cluster": "cluster", "Flow": "flow", "Queue": "cluster",
-    "Rx": "ends", "RxTx": "ends", "Tx": "ends", "Worker": "workers", "clusters": "cluster",
+    "Balancer": "kinds", "Bridge": "kinds", "Burst": "burst", "Cluster": "cluster", "Delay": "kinds",
+    "Fanout": "kinds", "Flow": "flow", "Merge": "kinds", "Packets": "choose", "Pipeline": "pipeline",
+    "Pulse": "workers", "Queue": "cluster", "Replicate": "kinds", "Rx": "ends", "RxTx": "ends",
+    "Tx": "ends", "Worker": "workers", "clusters": "cluster",
 }  # fmt: skip
 
 
@@ -45,6 +52,8 @@ def __getattr__(name: str) -> object:
         from ._c import lib, text
 
         found: object = text(lib.rb_version())
+    elif name == "workers":
+        found = importlib.import_module(".workers", __name__)
     elif name in _HOME:
         found = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     else:

@@ -49,7 +49,7 @@ def _names(prefix: str) -> list[str]:
     return [values[i] for i in sorted(values)]
 
 
-#: Why packets were not passed on, by number: ``["full", "filter", "bad", "no_buffer", "credit"]``.
+#: Why packets were not passed on, by number: ``["full", "filter", "bad", "no_buffer", "credit", "gone"]``.
 DROP_REASONS: list[str] = [name.lower() for name in _names("RB_DROP_") if name != "REASONS"]
 #: Sizes of pages by number: ``["auto", "4k", "2M", "1G"]``.
 PAGES: list[str] = [{"AUTO": "auto", "4K": "4k"}.get(name, name) for name in _names("RB_PAGES_")]
@@ -228,14 +228,16 @@ class Handle:
     :ivar ptr: the ``rb_cluster *``; NULL once closed.
     :ivar lock: held around every C call on ``ptr`` or its ends; never taken twice by one thread.
     :ivar refuse: makes the error that every call gets now (closed, forked, owned by a worker); None = go on.
+    :ivar belled: this is a VM, and a doorbell is plugged in with the cluster.
     :ivar later: what could not be done for want of the lock: (end, descriptors, count) goes back, (end, None,
         0) is closed.
     """
 
-    __slots__ = ("__weakref__", "closing", "ends", "later", "lock", "ptr", "refuse", "worker")
+    __slots__ = ("__weakref__", "belled", "closing", "ends", "later", "lock", "ptr", "refuse", "worker")
 
-    def __init__(self, ptr: Any) -> None:
+    def __init__(self, ptr: Any, belled: bool = False) -> None:
         self.ptr = ptr
+        self.belled = belled
         self.lock = threading.Lock()
         self.refuse: Callable[[], Error] | None = None
         self.later: deque[tuple[End, Any, int]] = deque()

@@ -58,9 +58,12 @@ class NicAddress:
 
     interface: str
     queue: int | None = None
+    last: int | None = None
+    """Of several queues, from ``queue`` on, that are one device."""
 
     def __str__(self) -> str:
-        return f"zc:{self.interface}" if self.queue is None else f"zc:{self.interface}@{self.queue}"
+        where = "" if self.queue is None else f"@{self.queue}" if self.last is None else f"@{self.queue}-{self.last}"
+        return f"zc:{self.interface}{where}"
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,8 @@ def _device(text: str) -> list[DeviceAddress]:
     check_interface(name, text)
     if not at:
         return [NicAddress(name)]
-    return [NicAddress(name, n) for n in _range(numbers, text, MAX_NIC_QUEUE, "a queue's number")]
+    of_nic = _range(numbers, text, MAX_NIC_QUEUE, "a queue's number")
+    return [NicAddress(name, of_nic[0], of_nic[-1] if len(of_nic) > 1 else None)]
 
 
 def _items(text: str) -> Iterable[str]:
@@ -228,7 +232,7 @@ def _text(text: str) -> str:
 
 
 def parse_devices(text: str) -> list[DeviceAddress]:
-    """Read a list of devices, ranges expanded: ``zc:eth1@0-1,99@3`` are three.
+    """Read a list of devices, ranges expanded: ``99@0-1,zc:eth1`` are three. A range of a NIC's queues is one device.
 
     :param text: the argument as typed.
     :returns: at least one address, in the order written, the same one at most once.

@@ -8,6 +8,7 @@ import importlib
 import mmap
 import os
 import random
+import struct
 import time
 from typing import Any, Callable
 
@@ -46,7 +47,7 @@ def attach(number: int) -> Handle:
 
 
 def _attach_segments(guest: Any, number: int) -> Handle:
-    """Through the BARs of a VM's devices. The core reads in the segments' headers what belongs together."""
+    """Through the BARs of a VM's devices. The core finds what belongs together: by slot, function and the headers."""
     problem: Error | None = None
     for device in guest.find():
         if not device.high:  # making room for one moves all behind the same port: first all, then open any
@@ -54,6 +55,7 @@ def _attach_segments(guest: Any, number: int) -> Handle:
                 os.close(guest.open_segment(device, writable=True).fd)
     with contextlib.ExitStack() as opened:
         found = []
+        belled = False
         for device in guest.find():
             try:
                 segment = guest.open_segment(device, writable=True)
@@ -64,13 +66,17 @@ def _attach_segments(guest: Any, number: int) -> Handle:
                 continue
             opened.callback(os.close, segment.fd)
             with mmap.mmap(segment.fd, mmap.PAGESIZE, offset=segment.offset) as page:
-                if page[:8] == _MAGIC:  # other software has ivshmem devices too
-                    found.append((segment, _keeps_stores(page)))
+                if page[:8] == MAGIC and page[12:20] == struct.pack("<II", _BELL, number):
+                    belled = True
+                elif page[:8] == MAGIC:  # other software has ivshmem devices too
+                    found.append((segment, device, _keeps_stores(page)))
         segments = ffi.new("rb_segment[]", max(len(found), 1))
-        for i, (segment, writable) in enumerate(found):
+        slots: dict[Any, int] = {}
+        for i, (segment, device, writable) in enumerate(found):
             segments[i].struct_size = ffi.sizeof("rb_segment")
             segments[i].fd, segments[i].offset, segments[i].size = segment.fd, segment.offset, segment.size
             segments[i].writable = writable
+            segments[i].slot, segments[i].function = slots.setdefault(device.slot, len(slots) + 1), device.function
         out = ffi.new("rb_cluster **")
         try:
             _c.check(lib.rb_cluster_attach_segments(number, segments, len(found), out))
@@ -78,10 +84,47 @@ def _attach_segments(guest: Any, number: int) -> Handle:
             if problem is not None:
                 raise problem from None
             raise NotFound(absent.message, code=absent.code, cure=absent.cure) from None
-    return Handle(out[0])
+    return Handle(out[0], belled)
 
 
-_MAGIC = b"RGBAR1\0\0"  # a segment's first bytes
+def plugged_clusters() -> list[int]:
+    """Numbers of the clusters whose memory the host has plugged into this VM; none on a host."""
+    guest = guest_module()
+    found = set()
+    for device in guest.find() if guest is not None else []:
+        if device.function:  # function 0 is this VM's lane; what others can write to is not asked
+            continue
+        with contextlib.suppress(Error, OSError, ValueError):
+            segment = guest.open_segment(device, writable=False)
+            try:
+                with mmap.mmap(
+                    segment.fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ, offset=segment.offset
+                ) as page:
+                    magic, _, kind, cluster = struct.unpack("<8sIII", page[:20])
+            finally:
+                os.close(segment.fd)
+            if magic == MAGIC and kind != _BELL:
+                found.add(cluster)
+    return sorted(found)
+
+
+def refuse_to_hide(number: int) -> None:
+    """A cluster of this VM's own would hide one of the host's that has the same number.
+
+    :raises Error: it would.
+    """
+    if number in plugged_clusters():
+        raise Error(
+            f"cluster {number} of the host is attached to this VM, and one of this VM's own would hide it",
+            code="would-hide",
+            cure=f"another number; to use the host's: ringbar status {number}",
+        )
+
+
+MAGIC = b"RGBAR1\0\0"
+"""A segment's first bytes."""
+_BELL = 4
+"""The kind of a segment that is a doorbell's memory."""
 
 
 def _keeps_stores(page: mmap.mmap) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Literal, overload
 
 from . import _c, address
 from ._c import NULL, Handle, ffi, lib
-from .attach import attach, retry
+from .attach import attach, refuse_to_hide, retry
 from .ends import Rx, RxTx, Tx
 from .errors import BadAddress, Detached, Error, NotFound
 
@@ -23,7 +23,6 @@ _MODES: dict[str, tuple[int, type[Rx] | type[Tx]]] = {
     "tx": (_TX, Tx),
     "rxtx": (_RX | _TX, RxTx),
 }
-_XDP = {"auto": 0, "driver": int(lib.RB_DRIVER), "generic": int(lib.RB_GENERIC)}
 _SEGMENTS = {1: "pool", 2: "lane"}
 _STATES = ("free", "open", "closing", "gone")
 
@@ -53,8 +52,9 @@ class Queue:
 
         :returns: ``slots``, ``credit``, ``producer`` and ``consumer`` (None, or ``pid``, ``name``, ``vm``,
             ``since_ns``), ``path`` (both as a person reads them; None in a VM, which sees of all this only
-            its own lane), ``server_pid`` (who lends on it; 0: nobody alive), ``stalled`` (the consumer waits for
-            that process to notice it), ``waiting`` (packets unread), ``lent``, ``held`` (of these in the
+            its own lane), ``server_pid`` (who lends on it; 0: nobody alive), ``feeds`` (made for a program that
+            sends to a VM which another one serves: the queue that is meant; else None), ``stalled`` (the consumer
+            waits for that process to notice it), ``waiting`` (packets unread), ``lent``, ``held`` (of these in the
             consumer's hand), ``granted``, ``quarantined`` (buffers), ``drops`` by reason, and counters.
         :raises NotFound: it was destroyed.
         """
@@ -75,8 +75,10 @@ class Queue:
             "credit": found["credit"],
             "direct": bool(found["direct"]),
             "paused": bool(found["paused"]),
+            "filter": found["filter"] or None,
             "stalled": bool(found["waiting"]),
             "server_pid": found["server_pid"],
+            "feeds": str(address.QueueAddress(self.cluster.id, found["feeds"])) if found["feeds"] >= 0 else None,
             "waiting": found["count"],
             **{name: found[name] for name in ("lent", "held", "granted", "quarantined")},
             **{name: found[name] for name in ("packets", "bytes", "copied", "foreign", "drops")},
@@ -91,6 +93,24 @@ class Queue:
     def resume(self) -> None:
         """Deliver again."""
         self.cluster.call(lib.rb_queue_pause, self.id, 0)
+
+    @property
+    def filter(self) -> str | None:
+        """Only packets that match this expression (libpcap's syntax) are passed on by the queue; None = all.
+
+        Settable by any program of the host while packets flow. The others are taken from the sender as if they had
+        been passed on, and counted in ``info()["drops"]["filter"]``. In a VM it is not to be seen: None.
+
+        :raises Error: it cannot be compiled (says where and why), or is longer than 511 bytes; libpcap is not
+            installed; a direct queue; in a VM.
+        """
+        found: str | None = self.info()["filter"]
+        return found
+
+    @filter.setter  # noqa: A003
+    def filter(self, expression: str | None) -> None:
+        text = NULL if expression is None else _c.label(expression, 65535, "a filter")
+        self.cluster.call(lib.rb_queue_filter, self.id, text)
 
     def destroy(self) -> None:
         """Remove the queue.
@@ -176,8 +196,8 @@ class Cluster:
         :param sealed: the pool is memory without a path that nobody can shrink; never together with
             persistent.
         :raises Busy: the number is in use; says by whom.
-        :raises Error: a size that cannot be had (with the nearest that can), too few huge pages (with how
-            many), no permission.
+        :raises Error: it would hide one of the host's that is attached to this VM, a size that cannot be had (with
+            the nearest that can), too few huge pages (with how many), no permission.
         """
         options = _c.options("rb_cluster_options")
         number = _cluster_number(id)
@@ -192,6 +212,7 @@ class Cluster:
         options.persistent = bool(persistent)
         options.sealed = bool(sealed)
         options.label = _c.label(label, 31, "a label")
+        refuse_to_hide(number)
         out = ffi.new("rb_cluster **")
         _c.check(lib.rb_cluster_create(number, options, out))
         return cls(number, Handle(out[0]))
@@ -366,20 +387,42 @@ class Cluster:
         return self._open(str(self._queue_address(queue)), mode, int(lib.RB_WRITABLE) if writable else 0)
 
     @overload
-    def open_device(self, name: str, mode: Literal["rx"], *, xdp: str = "auto", writable: bool = False) -> Rx: ...
+    def open_device(self, name: str, mode: Literal["rx"], **options: Any) -> Rx: ...
     @overload
-    def open_device(self, name: str, mode: Literal["tx"], *, xdp: str = "auto", writable: bool = False) -> Tx: ...
+    def open_device(self, name: str, mode: Literal["tx"], **options: Any) -> Tx: ...
     @overload
-    def open_device(self, name: str, mode: Literal["rxtx"], *, xdp: str = "auto", writable: bool = False) -> RxTx: ...
+    def open_device(self, name: str, mode: Literal["rxtx"], **options: Any) -> RxTx: ...
 
-    def open_device(self, name: str, mode: str, *, xdp: str = "auto", writable: bool = False) -> Rx | Tx:
-        """Open a device: ``"zc:eth1"``, ``"zc:eth1@2"``; a queue's address does too.
+    def open_device(self, name: str, mode: str, **options: Any) -> Rx | Tx:
+        """Open a device: ``"zc:eth1"``, ``"zc:eth1@2"``, ``"eth1"``, ``"stack:eth1"``, ``"pcap:/tmp/a.pcap"``; a
+        queue's address does too. An option that the kind of device does not know is refused.
 
         :param name: one device, as in interface addresses.
         :param mode: ``"rx"``, ``"tx"``, or ``"rxtx"`` for an end that does both.
-        :param xdp: ``"driver"`` or ``"generic"`` insists on that mode; ``stats()["mode"]`` says which was
+        :param xdp: ``zc:``: ``"driver"`` or ``"generic"`` insists on that mode; ``stats()["mode"]`` says which was
             got.
         :param writable: packets received will be changed in place.
+        :param filter: as :attr:`End.filter`, from the first packet on.
+        :param steer: ``zc:``, receiving: what is taken from the card; the rest stays with the kernel.
+        :param take_all: ``zc:``: take all packets, even of a card that this host is reached by.
+        :param metadata: ``zc:``, receiving: where the card's driver knows them, packets come with its own time and
+            hash (:attr:`Burst.hashes`); no other XDP program can then be on the interface.
+        :param busy_poll: ``zc:``: microseconds that the kernel polls the driver in this program's stead.
+        :param promiscuous: ``zc:`` and interfaces, receiving: also packets for other machines, until it is closed.
+        :param fanout: interfaces, receiving: all ends that name the same group (1 to 65535) share the packets, flow
+            by flow.
+        :param snaplen: interfaces, receiving, and ``pcap:``, sending: bytes kept of each packet.
+        :param observe: ``stack:``, receiving: what the kernel sends goes its way as well; else it goes nowhere unless
+            this program sends it.
+        :param speed: ``pcap:``, receiving: times the recorded speed; below 0 = as fast as it goes.
+        :param pps: ``pcap:``, receiving: packets per second instead.
+        :param gbps: ``pcap:``, receiving: gigabits per second instead.
+        :param loops: ``pcap:``, receiving: how often the file is played; None = without end.
+        :param preload: ``pcap:``, receiving: read it into memory first, and play it from there.
+        :param interface: ``pcap:``, sending: name of the interface that is written into the file.
+        :param format: ``pcap:``, sending: ``"pcapng"`` or ``"pcap"``; else as the file's name ends.
+        :param rotate_bytes: ``pcap:``, sending: the next file before one gets larger.
+        :param rotate_seconds: ``pcap:``, sending: the next file with the first packet after so many seconds.
         :returns: :class:`Rx`, :class:`Tx` or :class:`RxTx`.
         :raises BadAddress: the name cannot be read.
         :raises NotFound: no such interface, file or queue.
@@ -388,17 +431,26 @@ class Cluster:
         device = address.parse_device(name)
         if mode not in _MODES:
             raise Error(f'the mode of a device is "rx", "tx" or "rxtx", not {mode!r}', code="bad-value")
-        if xdp not in _XDP:
-            raise Error(f'xdp is "auto", "driver" or "generic", not {xdp!r}', code="bad-value")
+        flags, fields = device_options(**options)
         if isinstance(device, address.QueueAddress):
             if mode == "rxtx":
                 raise Error(f'the end of a queue is "rx" or "tx", not {mode!r}', code="bad-value")
-            return self._open(str(self._queue_address(name)), mode, int(lib.RB_WRITABLE) if writable else 0)
-        return self._open(str(device), mode, _XDP[xdp] | (int(lib.RB_WRITABLE) if writable else 0))
+            return self._open(str(self._queue_address(name)), mode, flags, fields)
+        return self._open(str(device), mode, flags, fields)
 
-    def _open(self, where: str, mode: str, flags: int) -> Rx | Tx:
+    def open_tap(self, where: str, sends: bool) -> Tx:
+        """A network interface of the kernel's, for :mod:`ringbar.cli.tap`: it is there as long as the end is open.
+
+        :param where: ``tap:NAME[,mac=MAC][,netns=FILE]``.
+        :param sends: what the kernel sends out of it is wanted, too.
+        :returns: :class:`Tx`, or with ``sends`` :class:`RxTx`.
+        """
+        kind: type[Tx] = RxTx if sends else Tx
+        return kind(self, self._handle, where, _MODES["rxtx" if sends else "tx"][0])
+
+    def _open(self, where: str, mode: str, flags: int, options: dict[str, Any] | None = None) -> Rx | Tx:
         bits, kind = _MODES[mode]
-        return kind(self, self._handle, where, bits | flags)
+        return kind(self, self._handle, where, bits | flags, options)
 
     def _queue_address(self, queue: int | str | Queue) -> address.QueueAddress:
         if isinstance(queue, Queue):
@@ -466,8 +518,9 @@ class Cluster:
         """The cluster and everything in it, now: what ``ringbar status ID --json`` says of it.
 
         :returns: ``cluster`` (as :meth:`info`), ``queues`` (as :meth:`Queue.info`), ``books`` (per serving
-            thread: buffers at home, free, lent, in devices, quiescing, shared, quarantined) and ``segments``
-            (pools and lanes: where they are, which VM); the last two are empty in a VM. JSON can carry it.
+            thread: buffers at home, free, lent, in devices, quiescing, shared, quarantined), ``devices``
+            (``zc:`` devices and who is fed with part of what they receive) and ``segments`` (pools and lanes:
+            where they are, which VM); the last three are empty in a VM. JSON can carry it.
         """
         queues = []
         for queue in self.queues:
@@ -481,9 +534,13 @@ class Cluster:
         def segments(out: Any, n: int) -> int:
             return handle.call(lib.rb_cluster_segments, out, n)
 
+        def devices(out: Any, n: int) -> int:
+            return handle.call(lib.rb_device_list, out, n)
+
         return {
             "cluster": self.info(),
             "queues": queues,
+            "devices": [] if self.is_guest else [_device(d) for d in _c.structures("rb_device_info", devices)],
             "books": [] if self.is_guest else _c.structures("rb_book_info", books),
             "segments": [] if self.is_guest else [_segment(s) for s in _c.structures("rb_segment_info", segments)],
         }
@@ -496,6 +553,71 @@ def _segment(raw: dict[str, Any]) -> dict[str, Any]:
         "kind": _SEGMENTS.get(raw["kind"], "other"),
         "state": _STATES[state] if state < len(_STATES) else str(state),
     }
+
+
+def _device(raw: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **raw,
+        "receives": bool(raw["receives"]),
+        "queue": raw["queue"] if raw["queue"] >= 0 else None,
+        "rule": raw["rule"] or "all" if raw["receives"] else None,
+    }
+
+
+_FLAGS = {"writable": int(lib.RB_WRITABLE), "take_all": int(lib.RB_TAKE_ALL), "metadata": int(lib.RB_METADATA)}
+_XDP = {"auto": 0, "driver": int(lib.RB_DRIVER), "generic": int(lib.RB_GENERIC)}
+_TEXTS = {"steer": "steer", "filter": "filter", "interface": "name"}
+_NUMBERS = {
+    "busy_poll": ("busy_poll_us", 0, 10**6),
+    "fanout": ("fanout_group", 1, 65535),
+    "snaplen": ("snaplen", 1, 2**18),
+    "rotate_bytes": ("rotate_bytes", 65536, 2**63),
+}
+_RATES = {"speed": (-1.0, 1e9), "pps": (0.0, 1e12), "gbps": (0.0, 1e6), "rotate_seconds": (0.0, 1e9)}
+_FORMATS = {"pcapng": int(lib.RB_PCAPNG), "pcap": int(lib.RB_PCAP)}
+
+
+def device_options(**options: Any) -> tuple[int, dict[str, Any]]:
+    """Read the options of :meth:`Cluster.open_device`.
+
+    :returns: flags, and fields of ``rb_open_options``.
+    :raises Error: a value out of its bounds.
+    :raises TypeError: an option that there is not.
+    """
+    flags = 0
+    fields: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in _FLAGS:
+            flags |= _FLAGS[name] if value else 0
+        elif name == "xdp":
+            if value not in _XDP:
+                raise Error(f'xdp is "auto", "driver" or "generic", not {value!r}', code="bad-value")
+            flags |= _XDP[value]
+        elif name in ("promiscuous", "preload", "observe"):
+            fields[name] = int(bool(value))
+        elif name == "loops":
+            fields[name] = 2**64 - 1 if value is None else _c.number(value, 1, 2**63, "the number of loops")
+        elif name not in {"format", *_TEXTS, *_NUMBERS, *_RATES}:
+            raise TypeError(f"open_device() got an unexpected keyword argument {name!r}")
+        elif value is None:
+            pass
+        elif name == "format":
+            if value not in _FORMATS:
+                raise Error(f'format is "pcapng" or "pcap", not {value!r}', code="bad-value")
+            fields[name] = _FORMATS[value]
+        elif name in _TEXTS:
+            if not isinstance(value, str):
+                raise Error(f"{name} is text, not {value!r}", code="bad-value")
+            fields[_TEXTS[name]] = value
+        elif name in _NUMBERS:
+            field, least, most = _NUMBERS[name]
+            fields[field] = _c.number(value, least, most, name)
+        else:
+            least_rate, most_rate = _RATES[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least_rate <= value <= most_rate:
+                raise Error(f"{name} goes from {least_rate:g} to {most_rate:g}, not {value!r}", code="bad-value")
+            fields[name] = float(value)
+    return flags, fields
 
 
 def _cluster_number(value: Any) -> int:

@@ -4,31 +4,21 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import threading
 import time
-import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
-from errno import EINTR, ENODATA
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from . import _c
 from ._c import NULL, ffi, lib
 from .burst import Burst
+from .end import _SLICE_MS, End, Ended
 from .errors import Detached, Error
 
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from .cluster import Cluster
-
-    Self = TypeVar("Self", bound="End")
+__all__ = ["End", "Rx", "RxTx", "Tx"]
 
 BURST = 64  #: packets of a burst where nothing else is said
 _MAX_BURST = 65536  # of one call
 
-#: Longest wait in C at a time, ms. Between two, signals are handled, and others get what they are owed.
-_SLICE_MS = 5
 #: A server that is only busy answers a new session much sooner, seconds: on a host, in a VM.
 _ANSWER = (1.0, 5.0)
 _SLEEP_MOST = 0.001  # seconds, of asyncio's polling
@@ -38,247 +28,31 @@ _new = ffi.new
 _next = lib.rbpy_next
 _DESCRIPTORS = _c.DESCRIPTORS
 
-
-class _Ended(Exception):
-    """The stream of packets is over: stopped, a finite source's end, or the cluster was destroyed."""
-
-
-class End:
-    """What Rx and Tx have in common. Made by :meth:`Cluster.open_queue` and :meth:`Cluster.open_device`.
-
-    An end and its bursts belong to one thread at a time; only :meth:`stop` may be called from any thread,
-    also from a signal handler. Calls of several threads on ends of one cluster are serialised, never wrong.
-    An end opened before a fork is dead in the child: its calls raise Error.
-
-    Leaving ``with`` closes it. While views of its packets live, closing waits for the last of them.
-
-    :ivar address: canonical address, ``"99@0"`` or ``"zc:eth1@0"``.
-    :ivar writable: whether packets received may be changed in place.
-    """
-
-    __slots__ = (
-        "__weakref__", "_breaking", "_flags", "_over", "_stopped", "_waiting", "address", "allocated", "buffer_size",
-        "closing", "cluster", "handle", "loose", "pins", "ptr", "writable",
-    )  # fmt: skip
-
-    def __init__(self, cluster: Cluster, handle: _c.Handle, address: str, flags: int) -> None:
-        self.cluster = cluster
-        self.address = address
-        self.writable = bool(flags & lib.RB_WRITABLE)
-        self.pins: dict[int, Any] = {}  # living views, by id of the _Pin
-        self.loose: dict[int, Any] = {}  # of these, what a released burst left: a descriptor each
-        self.allocated: weakref.WeakSet[Burst] = weakref.WeakSet()  # what alloc made
-        self._flags = flags
-        self._waiting = threading.Lock()  # held while waiting in C without the handle's lock
-        self._breaking = threading.RLock()  # keeps ptr alive while rb_break is called; re-entrant for signal handlers
-        self.ptr: Any = NULL
-        self._open(handle)
-
-    def _open(self, handle: _c.Handle) -> None:
-        out = _new("rb_end **")
-        info = _new("rb_cluster_info *")
-        with handle.lock:
-            if handle.refuse is not None:
-                raise handle.refuse()
-            handle.drain()
-            _c.check(lib.rb_open(out, handle.ptr, self.address.encode(), self._flags))
-            self.handle = handle
-            self.ptr = out[0]
-            handle.ends.add(self)
-            self.closing = False
-            self._stopped = False
-            self._over: str | None = None
-            lib.rb_cluster_get_info(handle.ptr, info)
-            self.address = _c.text(lib.rb_address(self.ptr)) or self.address
-            self.buffer_size = int(info.buffer_size)
-
-    # ---- life ----
-
-    def stop(self) -> None:
-        """End the current loop or wait, and any later one until :meth:`reopen`. Any thread, any time."""
-        self._stopped = True
-        if self.handle.refuse is _c.forked_error:
-            return
-        with self._breaking:
-            if self.ptr != NULL:
-                lib.rb_break(self.ptr)
-
-    def interrupt(self) -> None:
-        """Stop, and wait until no thread waits in C any more."""
-        self.stop()
-        with self._waiting:
-            pass
-
-    def close(self) -> None:
-        """Close the end. What it holds goes back; packets unread in a queue stay for the next consumer.
-        Again: nothing.
-
-        Bursts from it become useless, views of packets do not: closing waits until the last of them dies.
-        """
-        handle = self.handle
-        if self.ptr == NULL or handle.refuse is _c.forked_error:
-            return
-        if handle.worker is not None:
-            raise _c.working_error()
-        self.interrupt()
-        self._over = self._over or "closed"
-        with handle.lock:
-            self.closing = True
-            handle.drain()
-            if not self.pins:
-                self.close_locked()
-
-    def close_locked(self) -> None:
-        """With the handle's lock held and no view alive."""
-        with self._breaking:
-            ptr, self.ptr = self.ptr, NULL
-        self._stopped = True
-        self.loose.clear()
-        if ptr != NULL:
-            for burst in list(self.allocated):  # what came by rb_recv, rb_close gives back
-                burst.give_back_locked()
-            lib.rb_close(ptr)
-
-    def __del__(self) -> None:
-        # Bursts and views keep their end alive: here none is left.
-        handle = getattr(self, "handle", None)
-        if handle is not None and self.ptr != NULL:
-            handle.later.append((self, None, 0))
-            handle.tidy()
-
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def reopen(self, timeout: float | None = None) -> None:
-        """Open the same address again, after :class:`Detached`, :meth:`stop` or a close.
-
-        In a VM this waits for the cluster to be attached again, and joins it.
-
-        :param timeout: seconds; None = without end, 0 = now.
-        :raises TimeoutError: not there in time.
-        :raises Busy: somebody else holds it now.
-        """
-        self.close()
-        if self.pins:
-            raise BufferError(f"views of packets of {self.address} are alive: release them before reopening it")
-        self.cluster.reopen(self._open, timeout, self.address)
-
-    @property
-    def closed(self) -> bool:
-        """Whether this end is closed."""
-        return self.ptr == NULL or self.closing
-
-    def check_open(self) -> None:
-        """With the handle's lock held.
-
-        :raises Error: closed, in the wrong process, or owned by a worker.
-        """
-        if self.handle.refuse is not None and not (self.handle.closing and self.ptr != NULL):
-            raise self.handle.refuse()
-        if self.ptr == NULL:
-            raise Error(f"{self.address} is closed", code="closed", cure="open it again: open_queue(), or reopen()")
-
-    def _call(self, function: Any, *arguments: Any) -> int:
-        with self.handle.lock:
-            self.check_open()
-            return _c.check(function(self.ptr, *arguments))
-
-    # ---- looking ----
-
-    def fileno(self) -> int:
-        """A descriptor for poll: readable when it is time to look. It belongs to the end."""
-        return self._call(lib.rb_fd)
-
-    @property
-    def count(self) -> int:
-        """Packets waiting (rx), or slots in use (tx)."""
-        return self._call(lib.rb_count)
-
-    @property
-    def empty(self) -> bool:
-        """Nothing is waiting, or every slot is free."""
-        return bool(self._call(lib.rb_empty))
-
-    @property
-    def full(self) -> bool:
-        """No slot is free."""
-        return bool(self._call(lib.rb_full))
-
-    def stats(self) -> dict[str, Any]:
-        """Counters of this end since it was opened.
-
-        :returns: ``packets``, ``bytes``, ``refused``, ``copied``, ``drops`` by reason, ``mode`` (devices:
-            ``"zero-copy"``, ``"driver"``, ``"generic"``; queues: ``"loan"``), and what the kernel counted for
-            a device.
-        """
-        stats = _new("rb_stats *")
-        self._call(lib.rb_stats_get, stats)
-        return _c.as_dict(stats[0])
-
-    def __repr__(self) -> str:
-        return f"<ringbar.{type(self).__name__} {self.address}{' closed' if self.closed else ''}>"
-
-    # ---- waiting ----
-
-    def _ended(self, status: int) -> Exception:
-        """What a failed receive or send of this thread means."""
-        if status in (-EINTR, -ENODATA):
-            return _Ended()
-        problem = _c.error(status)
-        if isinstance(problem, Detached) and problem.code == Detached.default_code and not self.cluster.is_guest:
-            self._over = problem.message  # on the host nothing is unplugged: the cluster was destroyed
-            return _Ended()
-        return problem
-
-    def _look(self, waiting: bool = False) -> None:
-        """With the handle's lock held: may this end be used?
-
-        :raises _Ended: stopped, or closed while it waited.
-        """
-        handle = self.handle
-        if waiting and (self._stopped or handle.refuse is _c.closed_error):
-            raise _Ended
-        self.check_open()
-        handle.drain()
-        if self._stopped:
-            raise _Ended
-
-    def _wait(self, deadline: float | None) -> bool:
-        """Without the lock, wait a little for packets or room. False: the time is over."""
-        most = _SLICE_MS
-        if deadline is not None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            most = min(most, math.ceil(left * 1000))
-        with self._waiting:
-            if self._stopped:
-                return True
-            status = lib.rb_wait(self.ptr, most)
-        if status < 0 and status != -EINTR:
-            raise self._ended(status)
-        if status == 0:
-            self._serve()
-        return True
-
-    def _serve(self) -> None:
-        """Nothing came: do what this attachment owes others."""
-        handle = self.handle
-        with handle.lock:
-            if handle.refuse is None:
-                lib.rb_service(handle.ptr)
-
-
 _NOTHING = object()
+
+
+async def _readable(fd: int) -> None:
+    """Wait until a descriptor is readable."""
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+
+    def ready() -> None:
+        if not readable.done():
+            readable.set_result(None)
+
+    loop.add_reader(fd, ready)
+    try:
+        await readable
+    finally:
+        loop.remove_reader(fd)
 
 
 def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
+
+
+#: Bytes of a steering rule that are passed on; the core says how many it takes.
+_LONGEST_RULE = 131072
 
 
 class Rx(End):
@@ -314,12 +88,23 @@ class Rx(End):
                 burst = Burst(self, desc, take(desc, n, burst, timeout))
                 desc = None
                 yield burst
-        except _Ended:
+        except Ended:
             return
         except BaseException:
             if desc is not None:  # else it stands at the yield, perhaps in a garbage collection
                 self._give_up(desc, n)
             raise
+
+    def steer(self, rule: str) -> None:
+        """From now on take from the card what this rule names; the rest stays with the kernel.
+
+        For ends of ``zc:`` devices, by the thread that uses the end. Every packet is judged by the old rule or by
+        the new one, none by neither.
+
+        :param rule: ``"all"``, or an expression in libpcap's syntax (``man pcap-filter``).
+        :raises Error: it cannot be compiled (says where and why), or does not run in XDP; the old rule then holds.
+        """
+        self._call(lib.rb_steer, _c.label(rule, _LONGEST_RULE, "a steering rule"))
 
     def recv(self, n: int = BURST, timeout: float | None = None) -> Burst:
         """Receive at most n packets.
@@ -341,7 +126,7 @@ class Rx(End):
             if not got and timeout is not None and timeout >= _ANSWER[self.cluster.is_guest]:
                 self._call(lib.rb_answered)
             return Burst(self, desc, got)
-        except _Ended:
+        except Ended:
             raise EOFError(f"no more packets from {self.address}: {self._why()}") from None
         except BaseException:
             self._give_up(desc, n)
@@ -381,7 +166,7 @@ class Rx(End):
                 if got < 0:
                     raise self._ended(got)
             return 0
-        except _Ended:
+        except Ended:
             if previous is not None:
                 previous.release()
             raise
@@ -394,7 +179,8 @@ class Rx(End):
                 lib.rbpy_return(handle.ptr, desc, n)
 
     def __aiter__(self) -> AsyncIterator[Burst]:
-        """The same for asyncio: polls, more and more slowly down to every millisecond while nothing comes.
+        """The same for asyncio: sleeps until the other side rings, where it can (a VM with interrupts, and its host);
+        else polls, more and more slowly down to every millisecond while nothing comes.
 
         A cancelled loop loses nothing: no packet is taken before it can be handed out.
         """
@@ -423,7 +209,7 @@ class _AsyncBursts(AsyncIterator[Burst]):
             await asyncio.sleep(0)  # others' turn, however fast packets come
         previous, self._burst = self._burst, None
         desc = _new(_DESCRIPTORS, BURST)
-        tries, delay = 0, 0.0
+        tries, delay, fd = 0, 0.0, -1
         while True:
             try:
                 got = rx._take(desc, BURST, previous, 0)
@@ -431,15 +217,22 @@ class _AsyncBursts(AsyncIterator[Burst]):
                     # Nothing is awaited between taking packets and handing them out: a cancelled loop loses none.
                     self._burst = Burst(rx, desc, got)
                     return self._burst
-                rx._serve()
-            except _Ended:
+                if fd < 0:
+                    rx._serve()
+            except Ended:
                 raise StopAsyncIteration from None
             except BaseException:
                 rx._give_up(desc, BURST)
                 raise
             previous = None
+            if fd >= 0:
+                await _readable(fd)  # taking nothing has set the bell
+                continue
             tries += 1
             if tries > 32:
+                if rx._slice > _SLICE_MS:  # the other side rings
+                    fd = rx.fileno()
+                    continue
                 delay = min(max(2 * delay, 20e-6), _SLEEP_MOST)
             await asyncio.sleep(delay)
 
@@ -448,6 +241,13 @@ class Tx(End):
     """An end that sends."""
 
     __slots__ = ()
+
+    def flush(self) -> None:
+        """What a device still holds back goes out now: a capture file's last packets. Elsewhere nothing.
+
+        :raises Error: it cannot be written: the disk is full, the reader of a pipe is gone. Closing tells nobody.
+        """
+        self._call(lib.rb_sync)
 
     def send(self, burst: Burst, timeout: float | None = 0) -> int:
         """Pass packets on, without a copy, from any end of the same Cluster object.
@@ -495,7 +295,7 @@ class Tx(End):
                 if not self._wait(deadline):
                     break
                 waited = True
-        except _Ended:
+        except Ended:
             if self._over and self._over != "closed":
                 raise Detached(self._over) from None
         finally:

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * A VM that writes whatever it likes into its lane: the host does not crash, does not hang, accepts no buffer that the VM did not hold, and nobody else
- * loses anything. Forged descriptors one by one, then random bytes all over the lane while the host sends and receives.
+ * loses anything. Forged descriptors one by one, then random bytes all over the lane while the host sends and receives. Nor do other VMs believe what
+ * it writes over the header of its pool.
  */
 #include "world.h"
 
@@ -131,6 +132,148 @@ static void forged_descriptors_are_refused_and_counted(void)
     finish();
 }
 
+/* A packet that two VMs share, sent on by one of them and in a program's hand, and then "given back empty", or too long for its buffer, by the other:
+ * it is that program's alone now, and not free. */
+static void a_shared_buffer_in_hand_is_not_freed_by_another_vm(void)
+{
+    for (int odd = 0; odd < 2; odd++) {
+        rb_desc d, got[64], mine, fresh[64];
+        uint64_t missed, mask = 0;
+        rb_fan *fan;
+        rb_end *tx[2], *rx[2], *vm_rx[2], *vm_tx[2];
+        rb_cluster *vm[2];
+        int lanes[2];
+        host = make_cluster(++id, 4096, 4, 64);
+        OK(rb_fan_open(&fan, host));
+        for (uint32_t i = 0; i < 2; i++) {
+            char name[8];
+            snprintf(name, sizeof name, "vm%u", i);
+            OK(lanes[i] = rb_lane_create(host, name, name));
+            OK(rb_lane_bind(host, (uint32_t)lanes[i], 2 * i, RB_VM_RX));
+            OK(rb_lane_bind(host, (uint32_t)lanes[i], 2 * i + 1, RB_VM_TX));
+            tx[i] = open_end(host, 2 * i, RB_TX);
+            rx[i] = open_end(host, 2 * i + 1, RB_RX);
+            vm[i] = attach_guest(host, lanes[i], 0);
+            vm_rx[i] = open_end(vm[i], 2 * i, RB_RX);
+            vm_tx[i] = open_end(vm[i], 2 * i + 1, RB_TX);
+            int bit = rb_fan_add(fan, tx[i]);
+            OK(bit);
+            mask |= 1ull << bit;
+        }
+        OK(rb_service(host));
+        CHECK(rb_alloc(tx[0], &d, 1) == 1);
+        packet_write(host, &d, 7);
+        CHECK(rb_fan_send(fan, &d, &mask, 1, &missed) == 1 && !missed);
+        CHECK(check_conservation(host).shared == 1);
+        for (int i = 0; i < 2; i++)
+            CHECK(rb_recv(vm_rx[i], got, 64, 0) == 1 && got[0].handle == d.handle);
+        gtx = vm_tx[0];
+        forge(&d, 1);
+        CHECK(rb_recv(rx[0], &mine, 1, 0) == 1 && mine.handle == d.handle);
+        rb_desc back = {.handle = d.handle};
+        rb_desc_set(&back, odd ? 0x7fff : 0, odd ? 0x3fff : 64, 0);
+        gtx = vm_tx[1];
+        forge(&back, 1);
+        CHECK(rb_recv(rx[1], got, 64, 0) == 0);
+        for (uint32_t i = 0; i < host->server->free; i++)
+            CHECK(host->server->stack[i] != mine.handle);
+        int k = rb_alloc(tx[0], fresh, 64);
+        OK(k);
+        for (int i = 0; i < k; i++)
+            CHECK(fresh[i].handle != mine.handle);
+        CHECK(packet_read(host, &mine) == 7);
+        CHECK(rb_return(host, fresh, k) == k && rb_return(host, &mine, 1) == 1);
+        CHECK(host->errors == 0);
+        check_conservation(host);
+        rb_fan_close(fan);
+        for (int i = 0; i < 2; i++) {
+            rb_cluster_close(vm[i]);
+            rb_close(rx[i]);
+            OK(rb_lane_remove(host, (uint32_t)lanes[i], 0));
+        }
+        OK(rb_service(host));
+        check_all_home(host);
+        rb_cluster_close(host);
+        OK(rb_cluster_destroy(id, 1));
+    }
+}
+
+/* The header of a pool lies in it, and a VM that transmits from a pool of its own can make it say anything: that it is the common pool, another VM's,
+ * the lane, or of another version. VMs that are attached later still see what the host gave them. */
+static void a_pools_header_makes_it_no_other_segment(void)
+{
+    static const struct lie {
+        uint32_t kind, segment, abi, buffers, buffer_size, cluster;
+    } lies[] = {
+        {RB_KIND_POOL, 0, RB_ABI_VERSION, 4096, 256, 0}, {RB_KIND_POOL, 2, RB_ABI_VERSION, 512, 256, 0},     {RB_KIND_LANE, 0, RB_ABI_VERSION, 512, 256, 0},
+        {RB_KIND_POOL, 1, RB_ABI_VERSION + 1, 512, 256, 0}, {RB_KIND_POOL, 1, RB_ABI_VERSION, 1u << 30, 256, 0}, {RB_KIND_POOL, 1, RB_ABI_VERSION, 0, 256, 0},
+        {RB_KIND_POOL, 1, RB_ABI_VERSION, 512, 4096, 0}, {RB_KIND_POOL, 1, RB_ABI_VERSION, 512, 256, 1},
+    };
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        const struct lie *lie = &lies[i];
+        int lanes[3];
+        host = make_cluster(++id, 4096, 3, 64);
+        for (int v = 0; v < 3; v++) {
+            char name[8];
+            snprintf(name, sizeof name, "vm%d", v);
+            OK(lanes[v] = rb_lane_create(host, name, name));
+            if (v < 2)
+                CHECK(rb_lane_pool(host, (uint32_t)lanes[v], 512) == v + 1);
+        }
+        for (uint32_t p = 0; p < 3; p++) {
+            rb_desc d = {.handle = p << 24 | 5};
+            rb_desc_set(&d, sizeof(struct packet), 64, 0);
+            packet_write(host, &d, p);
+        }
+        struct rb_header *h = (struct rb_header *)host->pool[1];
+        const uint64_t size = host->pool_size[1];
+        h->kind = lie->kind;
+        h->segment = lie->segment;
+        h->abi = lie->abi;
+        h->buffers = lie->buffers;
+        h->buffer_size = lie->buffer_size;
+        h->cluster = id + lie->cluster;
+        OK(rb_lane_bind(host, (uint32_t)lanes[2], 0, RB_VM_RX));
+        rb_cluster *victim = attach_guest(host, lanes[2], 0);
+        CHECK(victim->lanes == 1);
+        for (uint32_t p = 0; p < 3; p++) {
+            rb_desc d = {.handle = p << 24 | 5};
+            rb_desc_set(&d, sizeof(struct packet), 64, 0);
+            if (p != 1)
+                CHECK(packet_read(victim, &d) == p);
+        }
+        CHECK(victim->pool_count[0] == 4096 && (uint64_t)victim->pool_count[1] * 256 <= size && victim->pool_count[2] == 512);
+        CHECK(rb_number(victim, 0x01000000 | 512) == UINT32_MAX || (uint64_t)512 * 256 < size);
+        rb_cluster_close(victim);
+        for (int v = 0; v < 3; v++)
+            OK(rb_lane_remove(host, (uint32_t)lanes[v], 0));
+        rb_cluster_close(host);
+        OK(rb_cluster_destroy(id, 1));
+    }
+}
+
+/* Nor does a guest without the common pool begin: every handle would be out of range. */
+static void no_common_pool_is_no_attachment(void)
+{
+    rb_segment_info info[8];
+    rb_segment seg[2] = {0};
+    rb_cluster *victim;
+    host = make_cluster(++id, 4096, 1, 64);
+    OK(lane = rb_lane_create(host, "vm", "1:1"));
+    CHECK(rb_lane_pool(host, (uint32_t)lane, 512) == 1);
+    int n = rb_cluster_segments(host, info, 8), k = 0;
+    for (int i = 0; i < n; i++)
+        if (info[i].kind == 1 ? info[i].id == 1 : (int)info[i].id == lane)
+            seg[k++] = (rb_segment){.struct_size = sizeof *seg, .fd = open(info[i].path, O_RDWR | O_CLOEXEC), .size = info[i].size, .writable = 1};
+    CHECK(k == 2);
+    CHECK(rb_cluster_attach_segments(id, seg, 2, &victim) == -ENODEV && strstr(rb_error(), "without a pool"));
+    close(seg[0].fd);
+    close(seg[1].fd);
+    OK(rb_lane_remove(host, (uint32_t)lane, 0));
+    rb_cluster_close(host);
+    OK(rb_cluster_destroy(id, 1));
+}
+
 static int stop;
 static void *scribble(void *arg)
 {
@@ -227,6 +370,9 @@ int main(void)
     private_directories();
     alarm(100);
     RUN(forged_descriptors_are_refused_and_counted);
+    RUN(a_shared_buffer_in_hand_is_not_freed_by_another_vm);
+    RUN(a_pools_header_makes_it_no_other_segment);
+    RUN(no_common_pool_is_no_attachment);
     RUN(random_bytes_in_the_lane_harm_nobody_else);
     return 0;
 }

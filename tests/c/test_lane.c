@@ -80,6 +80,30 @@ static void traffic_goes_both_ways_and_comes_home(void)
     finish();
 }
 
+static void empties_given_back_are_no_packets_that_wait(void)
+{
+    uint64_t n = 0;
+    rb_queue_info q;
+    begin(1);
+    int lane = add_vm("a", -1, 0);
+    rb_end *rx = open_end(host, 0, RB_RX);
+    rb_cluster *g = attach_guest(host, lane, 0);
+    rb_end *gtx = open_end(g, 0, RB_TX);
+    OK(rb_service(host));
+    CHECK(send_packets(gtx, 5, &n) == 5);
+    rb_close(gtx); /* what it was granted and did not use goes into the same ring */
+    OK(rb_queue_get_info(host, 0, &q));
+    CHECK(q.count == 5);
+    OK(rb_queue_get_info(g, 0, &q));
+    CHECK(q.count == 5);
+    rb_cluster_close(g);
+    expect(rx, 0, 5);
+    OK(rb_queue_get_info(host, 0, &q));
+    CHECK(q.count == 0);
+    OK(rb_lane_remove(host, (uint32_t)lane, 0));
+    finish();
+}
+
 static void what_is_unread_in_both_directions_survives_a_detach(void)
 {
     uint64_t n = 0;
@@ -419,6 +443,7 @@ int main(void)
     private_directories();
     alarm(100);
     RUN(traffic_goes_both_ways_and_comes_home);
+    RUN(empties_given_back_are_no_packets_that_wait);
     RUN(what_is_unread_in_both_directions_survives_a_detach);
     RUN(a_vm_can_be_attached_again_and_again);
     RUN(a_guest_that_is_reset_holds_nothing);

@@ -85,31 +85,79 @@ static inline int send_packets(rb_end *tx, int n, uint64_t *sequence)
 /* ---- conservation ---------------------------------------------------------------------------------------------- */
 
 struct census {
-    uint32_t nobody, free, lent, quarantined, devices, unread, returned, held;
+    uint32_t nobody, free, lent, shared, quarantined, devices, unread, returned, held;
 };
 
-static void census_ring(rb_cluster *c, uint32_t leg, uint32_t handle, uint16_t *seen, uint32_t *count)
+/* In which rings each buffer was met. */
+struct met {
+    uint32_t *first; /* per buffer: entry + 1 */
+    struct met_entry {
+        uint32_t leg, next;
+    } *entry;
+    uint32_t entries;
+};
+
+static inline int met_on(const struct met *m, uint32_t at, uint32_t leg)
+{
+    for (uint32_t i = m->first[at]; i; i = m->entry[i - 1].next)
+        if (m->entry[i - 1].leg == leg)
+            return 1;
+    return 0;
+}
+
+static inline void census_ring(rb_cluster *c, uint32_t leg, uint32_t handle, struct met *m, uint32_t *count)
 {
     uint32_t at = rb_number(c, handle);
     if (!handle)
         return;
     CHECK(at != UINT32_MAX);
-    if (seen[at])
-        fprintf(stderr, "buffer %u is in the rings of leg %u and again in those of leg %u\n", at, seen[at] - 1u, leg);
-    CHECK(!seen[at]);
-    seen[at] = (uint16_t)(leg + 1);
+    if (met_on(m, at, leg))
+        fprintf(stderr, "buffer %u is in the rings of leg %u twice\n", at, leg);
+    CHECK(!met_on(m, at, leg));
+    CHECK((m->entry = realloc(m->entry, (m->entries + 1) * sizeof *m->entry)) != NULL);
+    m->entry[m->entries++] = (struct met_entry){leg, m->first[at]};
+    m->first[at] = m->entries;
     (*count)++;
 }
 
-/* Every buffer of the cluster, exactly once: nobody's, home and in no ring, or lent on one leg and, along the chain of loans, in the rings of the last leg
- * or in a hand. Only while nobody moves anything. */
+/* Where a loan on `leg` of `book` ends: along the chain of loans, which branches where a buffer is shared. */
+static inline void census_ends(rb_cluster *c, uint32_t at, uint32_t book, uint32_t leg, uint32_t *end, uint32_t *ends, int hops)
+{
+    struct rb_state *s = c->reg->state;
+    CHECK(hops < 8 && *ends < 256);
+    CHECK(rb_leg_of(c, leg)->kind != RB_LEG_NONE && rb_get(&rb_leg_of(c, leg)->book) == book);
+    uint32_t next = rb_get(&rb_leg_of(c, leg)->client_book);
+    uint64_t v = next ? rb_get(&c->reg->ledgers[(uint64_t)(next - 1) * s->capacity + at]) : 0;
+    if (!RB_WORD_SUBKIND(v) || RB_WORD_ORIGIN(v) != leg) {
+        end[(*ends)++] = leg;
+        return;
+    }
+    if (RB_WORD_SUBKIND(v) == RB_W_LENT) {
+        census_ends(c, at, next, RB_WORD_SUBLEG(v), end, ends, hops + 1);
+        return;
+    }
+    if (RB_WORD_SUBKIND(v) != RB_SUB_SHARED)
+        return;
+    uint64_t mask = rb_get(&c->reg->masks[(uint64_t)(next - 1) * s->capacity + at]);
+    CHECK(mask);
+    for (; mask; mask &= mask - 1) {
+        uint32_t to = rb_get(&s->book[next - 1].output[__builtin_ctzll(mask)]);
+        CHECK(to);
+        if (!(to & RB_OUTPUT_DEVICE))
+            census_ends(c, at, next, to - 1, end, ends, hops + 1);
+    }
+}
+
+/* Every buffer of the cluster, exactly once: nobody's, home and in no ring, or lent and, at each end of its loans, in the rings of that leg or in a
+ * hand. A shared one as often as its masks say. Only while nobody moves anything. */
 static inline struct census check_conservation(rb_cluster *c)
 {
     struct census n = {0};
     struct rb_state *s = c->reg->state;
-    uint16_t *seen = calloc(c->buffers, sizeof *seen);
+    rb_pools_look(c);
+    struct met met = {.first = calloc(c->buffers, sizeof *met.first)};
     uint32_t exist = 0;
-    CHECK(seen && rb_enter(c->reg) == 0);
+    CHECK(met.first && rb_enter(c->reg) == 0);
     for (uint32_t l = 0; l < RB_MAX_LEGS; l++) {
         struct rb_leg *leg = rb_leg_of(c, l);
         struct rb_ring r;
@@ -118,18 +166,18 @@ static inline struct census check_conservation(rb_cluster *c)
         uint32_t p = rb_get(&r.ctl->p), from = rb_get(&r.ctl->c), rp = rb_get(&r.ctl->rp), rc = rb_get(&r.ctl->rc);
         if (p - from <= r.slots)
             for (uint32_t i = from; i != p; i++)
-                census_ring(c, l, r.forward[i & r.mask].handle, seen, &n.unread);
+                census_ring(c, l, r.forward[i & r.mask].handle, &met, &n.unread);
         if (rp - rc <= r.returns)
             for (uint32_t i = rc; i != rp; i++)
-                census_ring(c, l, r.returned[i & r.rmask], seen, &n.returned);
+                census_ring(c, l, r.returned[i & r.rmask], &met, &n.returned);
     }
     for (uint32_t at = 0; at < c->buffers; at++) {
-        uint32_t book = c->reg->extent[at / RB_EXTENT];
+        uint32_t book = c->reg->extent[at / RB_EXTENT], end[256], ends = 0;
         if (rb_number(c, rb_handle_of(c, at)) != at)
             continue;
         exist++;
         if (!book) {
-            CHECK(!seen[at]);
+            CHECK(!met.first[at]);
             n.nobody++;
             continue;
         }
@@ -137,31 +185,41 @@ static inline struct census check_conservation(rb_cluster *c)
         uint64_t w = rb_get(&c->reg->ledgers[(uint64_t)(book - 1) * s->capacity + at]);
         switch (RB_WORD_KIND(w)) {
         case RB_W_HOME:
-            if (seen[at])
-                fprintf(stderr, "buffer %u is home in book %u and in the rings of leg %u\n", at, book - 1, seen[at] - 1u);
-            CHECK(!seen[at]);
+            if (met.first[at])
+                fprintf(stderr, "buffer %u is home in book %u and in the rings of leg %u\n", at, book - 1, met.entry[met.first[at] - 1].leg);
+            CHECK(!met.first[at]);
             n.free++;
             break;
-        case RB_W_LENT: {
-            uint32_t leg = RB_WORD_LEG(w), from = book;
-            for (int hops = 0; hops < 8; hops++) { /* along the chain of loans */
-                CHECK(rb_leg_of(c, leg)->kind != RB_LEG_NONE && rb_get(&rb_leg_of(c, leg)->book) == from);
-                uint32_t next = rb_get(&rb_leg_of(c, leg)->client_book);
-                uint64_t v = next ? rb_get(&c->reg->ledgers[(uint64_t)(next - 1) * s->capacity + at]) : 0;
-                if (!RB_WORD_SUBKIND(v) || RB_WORD_ORIGIN(v) != leg)
-                    break;
-                leg = RB_WORD_SUBLEG(v);
-                from = next;
+        case RB_W_SHARED: {
+            uint64_t mask = rb_get(&c->reg->masks[(uint64_t)(book - 1) * s->capacity + at]);
+            CHECK(mask);
+            for (; mask; mask &= mask - 1) {
+                uint32_t to = rb_get(&s->book[book - 1].output[__builtin_ctzll(mask)]);
+                CHECK(to);
+                if (!(to & RB_OUTPUT_DEVICE))
+                    census_ends(c, at, book, to - 1, end, &ends, 0);
             }
-            /* A VM sends on whichever leg of its domain. */
-            int vm = s->lane[rb_get(&rb_leg_of(c, leg)->place) >> 32].domain != 0;
-            if (seen[at] && !vm && seen[at] != leg + 1)
-                fprintf(stderr, "buffer %u is lent on leg %u and in the rings of leg %u\n", at, leg, seen[at] - 1u);
-            CHECK(!seen[at] || vm || seen[at] == leg + 1);
-            n.lent++;
-            n.held += !seen[at];
-            break;
+            n.shared++;
+            goto lent;
         }
+        case RB_W_LENT:
+            census_ends(c, at, book, RB_WORD_LEG(w), end, &ends, 0);
+        lent:
+            n.lent++;
+            for (uint32_t i = met.first[at]; i; i = met.entry[i - 1].next) {
+                uint32_t leg = met.entry[i - 1].leg, found = 0;
+                for (uint32_t k = 0; k < ends; k++) { /* a VM sends on whichever leg of its domain */
+                    uint32_t domain = s->lane[rb_get(&rb_leg_of(c, end[k])->place) >> 32].domain;
+                    found |= end[k] == leg || (domain && domain == s->lane[rb_get(&rb_leg_of(c, leg)->place) >> 32].domain);
+                }
+                if (!found)
+                    fprintf(stderr, "buffer %u is in the rings of leg %u, where it is not lent: the word is %llx, %u ends, the first %u\n", at, leg,
+                            (unsigned long long)w, ends, end[0]);
+                CHECK(found);
+            }
+            for (uint32_t k = 0; k < ends; k++)
+                n.held += !met_on(&met, at, end[k]);
+            break;
         case RB_W_QUARANTINED:
             n.quarantined++;
             break;
@@ -175,7 +233,8 @@ static inline struct census check_conservation(rb_cluster *c)
     }
     CHECK(n.nobody + n.free + n.lent + n.quarantined + n.devices == exist);
     rb_leave(c->reg);
-    free(seen);
+    free(met.first);
+    free(met.entry);
     return n;
 }
 
@@ -269,19 +328,31 @@ static inline long killed_after(long steps, void (*prepare)(void), void (*op)(vo
 }
 /* ---- VMs without a VM ------------------------------------------------------------------------------------------ */
 
-/* What a program in VM `lane` sees: that lane, direct lanes if `direct`, and the pool; its locks are in a directory of its own. */
+/* What a program in VM `lane` sees, by the functions of a PCI slot: that lane, direct lanes if `direct`, and the pools, of which a VM with one of its
+ * own writes only that; its locks are in a directory of its own. */
 static inline rb_cluster *attach_guest(rb_cluster *host, int lane, int direct)
 {
     rb_segment_info info[32];
-    rb_segment seg[8];
+    rb_segment seg[8] = {0};
     char dir[128];
     rb_cluster *guest;
-    int n = rb_cluster_segments(host, info, 32), k = 0;
-    for (int i = 0; i < n; i++)
-        if (info[i].kind == 1 || (int)info[i].id == lane || (direct && strncmp(info[i].vm, "direct:", 7) == 0)) {
-            int fd = open(info[i].path, O_RDWR | O_CLOEXEC);
+    int n = rb_cluster_segments(host, info, 32), k = 0, own = (int)rb_pool_own(host, (uint32_t)lane);
+    for (int pass = 0; pass < 3; pass++) /* the lane, the pools, what is left */
+        for (int i = 0; i < n; i++) {
+            int of = info[i].kind == 1 ? 1 : (int)info[i].id == lane ? 0 : direct && strncmp(info[i].vm, "direct:", 7) == 0 ? 2 : 3;
+            int writable = info[i].kind != 1 || (int)info[i].id == own;
+            uint32_t function = of == 1 ? info[i].id + 1 : 0;
+            if (info[i].state != RB_SEG_OPEN || of != pass)
+                continue;
+            for (int taken = of == 2; taken;) {
+                taken = 0;
+                for (int j = 0; j < k; j++)
+                    taken |= seg[j].function == function;
+                function += (uint32_t)taken;
+            }
+            int fd = open(info[i].path, (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC);
             CHECK(fd >= 0 && k < 8);
-            seg[k++] = (rb_segment){sizeof seg[0], fd, 0, info[i].size, 1};
+            seg[k++] = (rb_segment){sizeof seg[0], fd, 0, info[i].size, (uint32_t)writable, 1, function};
         }
     snprintf(dir, sizeof dir, "%s/guest%d", test_dir, lane);
     setenv("RINGBAR_RUN", dir, 1);

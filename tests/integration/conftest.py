@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for nets, netspace and talk
+
 
 @pytest.fixture
 def private_directories() -> Iterator[Path]:

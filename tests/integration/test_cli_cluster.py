@@ -80,7 +80,7 @@ def test_packets_of_send_are_verified_by_count(rb: Shell) -> None:
     assert sent["sent"]["packets"] == received["received"]["packets"] == 50_000
     assert received["received"]["bytes"] == 50_000 * 100
     faults = {name: n for name, n in received["verify"].items() if name != "latency_ns"}
-    assert faults == {"lost": 0, "reordered": 0, "duplicated": 0, "corrupted": 0, "foreign": 0}
+    assert faults == dict.fromkeys(("lost", "reordered", "duplicated", "corrupted", "late", "foreign"), 0)
 
 
 def test_a_bridge_brings_a_loop_back(rb: Shell) -> None:
@@ -115,12 +115,53 @@ def test_an_interrupted_tool_ends_with_its_summary_and_status_0(rb: Shell, numbe
     assert summary["bps"] == pytest.approx(8 * (summary["bytes"] + 24 * 1000) / summary["seconds"])
 
 
+SERVER = """
+import sys, threading, ringbar
+zc = ringbar.Cluster.attach(99)
+with zc.open_queue(0, "tx") as tx:
+    burst = tx.alloc(10)
+    for i in range(10):
+        burst[i][:60] = bytes(60)
+        burst.lengths[i] = 60
+    tx.send(burst)
+with zc.open_queue(1, "rx") as rx:  # queue 0 stays its own while those ten are out
+    threading.Thread(target=lambda: (sys.stdin.read(), rx.stop()), daemon=True).start()
+    print("ready", flush=True)
+    for _ in rx:
+        pass
+"""
+
+
+def test_a_queue_that_another_program_serves_is_sent_to_by_a_hop(rb: Shell) -> None:
+    rb("cluster", "create", "99", "--buffers", "65536", "--queues", "2", "--pages", "4k")
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        env=rb.environment, cwd=rb.root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        sending = rb.start("send", "-o", "99@0", "--rate", "500", "--json")
+        first, _, hop = rb.json("status", "99", "--sample", "0")["clusters"][0]["queues"]
+        assert first["producer"]["pid"] == sending.pid and hop["feeds"] == "99@0"
+        assert (hop["producer"]["pid"], hop["consumer"]["pid"]) == (sending.pid, server.pid)
+        sending.send_signal(signal.SIGINT)
+        packets = json.loads(sending.communicate(timeout=30)[0])["sent"]["packets"]
+        assert packets > 0
+        assert rb.json("count", "-i", "99@0", "--packets", str(packets + 10))["packets"] == packets + 10
+    finally:
+        server.communicate(timeout=30)
+    assert server.returncode == 0
+    queues = rb.json("status", "99", "--sample", "0")["clusters"][0]["queues"]
+    assert [(q["address"], q["lent"]) for q in queues] == [("99@0", 0), ("99@1", 0)]
+
+
 def test_status_names_who_is_at_the_ends(rb: Shell) -> None:
     rb("cluster", "create", "9", "--queues", "1", "--buffers", "16384")
     counting = rb.start("count", "-i", "9@0")
     queue = rb.json("status", "9@0", "--sample", "0")["clusters"][0]["queues"][0]
     assert queue["producer"] is None
-    assert queue["consumer"]["pid"] == counting.pid
+    assert (queue["consumer"]["pid"], queue["consumer"]["name"]) == (counting.pid, "count")
     assert f"nobody → {queue['consumer']['name']} (pid {counting.pid})" in rb("status", "9@0", "--sample", "0")
 
 
@@ -176,6 +217,16 @@ def test_doctor_reports_in_both_forms(rb: Shell) -> None:
     assert found["good"] == all(f["state"] != "missing" for f in found["findings"])
 
 
+def test_doctor_says_where_memory_is_of_no_use_to_cards(rb: Shell, tmp_path: Path) -> None:
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
+    found = {f["check"]: f["state"] for f in rb.json("doctor", status=rb.run("doctor").returncode)["findings"]}
+    assert found[rb.environment["RINGBAR_SHM"]] == "ok"
+    rb.environment["RINGBAR_SHM"] = str(tmp_path)
+    found = {f["check"]: f["state"] for f in rb.json("doctor", status=rb.run("doctor").returncode)["findings"]}
+    assert found[str(tmp_path)] == ("ok" if kind.strip() == "tmpfs" else "warning")
+    assert {"IOMMU", "memory types", "kernel features", "group", "agent"} <= set(found)
+
+
 def test_doctor_clean_removes_files_of_clusters_that_are_gone(rb: Shell, private_directories: Path) -> None:
     stray = private_directories / "shm" / "ringbar.44.pool0"
     stray.write_bytes(bytes(4096))
@@ -212,6 +263,21 @@ def test_bench_ring_one_at_a_time_reports_round_trips(rb: Shell) -> None:
     document = rb.json(*"bench ring --burst 1 --touch 64 --runs 1 --seconds 0.05 --no-peers".split())
     trip = document["round_trip_ns"]
     assert 0 < trip["min"] <= trip["median"] <= trip["p99"] <= trip["p999"] <= trip["max"]
+
+
+def test_bench_peers_measures_what_is_installed(rb: Shell) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two processors")
+    done = rb.run(*"bench peers --runs 1 --seconds 0.05 --json".split())
+    document = json.loads(done.stdout)
+    if done.returncode == 1:  # nothing of DPDK is here
+        assert document["error"]["cure"]
+        return
+    assert set(document) >= {"accelerator", "cores", "kernel", "commit", "command", "burst"}
+    assert {row["name"] for row in document["rows"]} | set(document["missing"]) == {"rte_ring", "memif"}
+    for row in document["rows"]:
+        assert row["mpps"] > 0 and row["ns_per_packet"] > 0 and len(row["runs"]) == 1 and row["command"]
+    assert all(why["cure"] for why in document["missing"].values())
 
 
 def test_bench_python_measures_a_consumer(rb: Shell) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fans out to clients C and D under masks and its own hold."""
+"""A fans out to clients C and D, to both or to one of them, in one operation with a commit for each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from protocol import Queue, World
 SIZES = (1, 1, 2)
 VARIANTS = {
     "ok": "the protocol",
-    "nohold": "the word carries no hold of the worker",
+    "one_commit": "recovery decides for all outputs by the first one's committed index",
+    "word_first": "the word says SHARED before its mask is written",
+    "mask_last": "mask and word are written after the slots",
     "nointent": "take-back without an intent record",
     "nounread": "renewal takes unread packets home too",
 }

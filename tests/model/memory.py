@@ -5,9 +5,9 @@ ring    (slots, P, C, X): the producer's and the consumer's index, both in the l
         committed copy of the one that it owns, in `state`
 queue   (forward, return, session, echo, dirty); `dirty` is a ghost: the peer was reset, its indices may be
         anything until this session is echoed
-word    (level 0, level 1): level 0 is NONE (not at home in this book), HOME, LENT + q, or SHARED + hold, with
-        the mask of outputs kept beside; level 1 is None or (q, origin)
-intent  (operation or "", q, ring, base, end, handles)
+word    (level 0, level 1): level 0 is NONE (not at home in this book), HOME, LENT + q, or SHARED; level 1 is None,
+        (q, origin), or (SHARED, origin). The mask of outputs is kept beside; it counts only where a level says SHARED
+intent  (operation or "", q, ring, base, end, handles); of a fan-out, instead of q, (q, base, end) for each output
 party   (status, program, hand); a hand holds (buffer, queue it came by), OWN for a buffer of the book's own
 state   (ledgers, masks, intents, queues, parties, crashes left)
 """
@@ -63,7 +63,8 @@ class Memory:
     hand: int = 2  # most buffers in a client's hand
     guests: tuple[int, ...] = ()  # the programs of the guest: one domain, reset together
     garbage: bool = False  # a reset leaves any index in the lane
-    fanout: tuple[int, ...] | None = None  # outputs of party 0's fan-out worker
+    fanout: tuple[int, ...] | None = None  # outputs of the fan-out worker
+    fans: int = 0  # the party that fans out
     crashing: tuple[int, ...] | None = None  # who may crash; everybody by default
     reaper: bool = False  # somebody may recover a dead book without adopting it
     size: list[int] = field(default_factory=list)  # entries of the forward and of the return ring
@@ -114,12 +115,17 @@ class Memory:
         level0, level1 = s[0][book][b - 1]
         if level1 is not None and level1[0] == q:
             return True
-        return bool(level0 == LENT + q or (level0 >= SHARED and s[1][book][b - 1] >> q & 1))
+        return bool(level0 == LENT + q or (self.shared(s, book, b) and s[1][book][b - 1] >> q & 1))
+
+    def shared(self, s: State, book: int, b: int) -> bool:
+        """True if the word of handle b in this book says SHARED, at either level."""
+        level0, level1 = s[0][book][b - 1]
+        return bool(level0 == SHARED or (level1 is not None and level1[0] == SHARED))
 
     def free(self, s: State, book: int, b: int) -> bool:
-        """True if the word says home: also a shared one without hold whose mask is empty."""
+        """True if the word says home."""
         level0, level1 = s[0][book][b - 1]
-        return level1 is None and (level0 == HOME or (level0 == SHARED and s[1][book][b - 1] == 0))
+        return level1 is None and bool(level0 == HOME)
 
     def domain(self, q: int) -> list[int]:
         """All queues of the same server and client: a descriptor sent on one may name a buffer of another."""
@@ -168,12 +174,17 @@ class Memory:
             return self.word(s, book, b, (level0, None))
         if level0 == LENT + q:
             return self.word(s, book, b, (HOME, level1))
-        return self.mask(s, book, b, s[1][book][b - 1] & ~(1 << q))
+        rest = s[1][book][b - 1] & ~(1 << q)
+        if rest:
+            return self.mask(s, book, b, rest)
+        return self.word(s, book, b, (level0, None) if level1 is not None else (HOME, None))
 
     def origin(self, s: State, book: int, b: int, q: int) -> int | None:
         """Where a buffer lent on q was borrowed, or None when it is the book's own."""
         level1 = s[0][book][b - 1][1]
-        return level1[1] if level1 is not None and level1[0] == q else None
+        if level1 is None or (level1[0] == SHARED and s[1][book][b - 1] != 1 << q):
+            return None
+        return level1[1] if level1[0] in (q, SHARED) else None
 
     def places(self, s: State, b: int) -> list[str]:
         """Where a handle can still be read or will come back from: rings and hands."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fans out to C and D; C sends shared buffers back on q2, and A moves the bit to q1 where it is not set."""
+"""A fans out to C and D; C sends shared buffers back on q2, and A moves the bit to where it is not set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from protocol import Queue, World
 SIZES = (1, 1, 1)
 VARIANTS = {
     "ok": "the protocol",
-    "nohold": "a shared buffer that is being sent on has no hold while it has no bit",
+    "nohold": "a shared buffer in the server's hand is home when its last bit goes",
     "drain_own": "renewal of a queue drains that queue only, not what the domain has sent on others",
 }
 

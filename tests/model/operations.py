@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from explore import State, Step, Violation
-from memory import FORWARD, OWN, RETURN, RING_NAME, SHARED, Memory, Ops, put
+from memory import FORWARD, LENT, OWN, RETURN, RING_NAME, SHARED, Memory, Ops, put
 
 
 class Operations(Memory):
@@ -22,7 +22,7 @@ class Operations(Memory):
         head: Ops = (("handles", handles), ("arm", "lend", q, which, base, end))
         if self.variant == "torn":
             head = (head[1], head[0])
-        ledger: Ops = tuple(("word", b, w) if w != "bit" else ("bit", b, q) for b, w in zip(handles, words))
+        ledger: Ops = tuple(("word", b, w) for b, w in zip(handles, words))
         slots: Ops = tuple(
             ("slot", q, which, (base + i) % self.size[which], b) for i, b in enumerate(handles)
         )
@@ -31,12 +31,52 @@ class Operations(Memory):
             return head + slots + tail[:2] + ledger + tail[2:]
         return head + ledger + slots + tail
 
+    def fan_out(self, s: State, p: int, b: int, queues: tuple[int, ...], origin: int | None) -> Ops:
+        """Lend one buffer on several queues: handles, arm, mask, word, slots, and for each: commit, publish."""
+        outs = tuple((q, s[3][q][FORWARD][3], (s[3][q][FORWARD][3] + 1) % self.turn[FORWARD]) for q in queues)
+        level0, level1 = s[0][p][b - 1]
+        prior = s[1][p][b - 1] if self.shared(s, p, b) else 0
+        mask = prior | sum(1 << q for q in queues)
+        plain = mask == 1 << queues[0]
+        target = LENT + queues[0] if plain else SHARED
+        if origin is not None:
+            word: Any = (level0, (queues[0] if plain else SHARED, origin))
+        else:
+            word = (target, level1)
+        ledger: Ops = (("mask", b, mask), ("word", b, word))
+        if plain:
+            ledger = ledger[1:]
+        elif self.variant == "word_first":
+            ledger = ledger[::-1]
+        slots: Ops = tuple(("slot", q, FORWARD, base % self.size[FORWARD], b) for q, base, _ in outs)
+        tail: Ops = ()
+        for q, _, end in outs:
+            tail += (("commit", q, FORWARD, end, (), (b,)), ("publish", q, FORWARD))
+        arm: Ops = (("handles", (b,)), ("arm", "fan", outs, 0, 0, 0))
+        if self.variant == "mask_last":
+            return (*arm, *slots, *tail, *ledger, ("disarm",))
+        return (*arm, *ledger, *slots, *tail, ("disarm",))
+
+    def recover_fan(self, s: State, p: int) -> Step:
+        """The next step of finishing a fan-out: each output by its own committed index."""
+        outs, handles = s[2][p][1], s[2][p][5]
+        who = f"recoverer of {self.names[p]}"
+        for q, base, _ in outs:
+            done = s[3][q][FORWARD][3]
+            decides = (s[3][outs[0][0]][FORWARD][3], outs[0][1]) if self.variant == "one_commit" else (done, base)
+            if decides[0] == decides[1]:
+                for b in handles:
+                    if self.lent(s, p, b, q):
+                        return f"{who}: fan-out to q{q} not committed, {b} back", self.clear(s, p, b, q)
+            elif s[3][q][FORWARD][1] != done:
+                return f"{who}: publish q{q}", self.ring(s, q, FORWARD, P=done)
+        return f"{who}: disarm", put(s, 2, put(s[2], p, ("", 0, 0, 0, 0, ())))
+
     def take(self, s: State, p: int, q: int, which: int, n: int = 1) -> Ops:
         """Take n entries that the client wrote: handles, arm, ledger, commit, publish, disarm."""
         ring = s[3][q][which]
         end = (ring[3] + n) % self.turn[which]
         named = self.domain(q) if which == FORWARD else [q]
-        holds: Ops = ()
         clears: Ops = ()
         gained: tuple[Any, ...] = ()
         taken: tuple[int, ...] = ()
@@ -57,13 +97,11 @@ class Operations(Memory):
                 gained += ((b, origin),)
             elif which == FORWARD:
                 gained += ((b, OWN),)
-                if s[0][p][b - 1][0] >= SHARED and self.variant != "nohold":
-                    holds += (("hold", b),)
         last: Ops = (("commit", q, which, end, gained, ()), ("publish", q, which))
         if self.variant == "nointent":
-            return holds + clears + last
+            return clears + last
         record = ("take", q, which, ring[3], end)
-        return (*holds, ("handles", taken), ("arm", *record), *clears, *last, ("disarm",))
+        return (("handles", taken), ("arm", *record), *clears, *last, ("disarm",))
 
     def execute(self, s: State, p: int, op: tuple[Any, ...], rest: Ops) -> Step:
         """One step of a party's program."""
@@ -80,13 +118,8 @@ class Operations(Memory):
             t = put(s, 2, put(s[2], p, ("", 0, 0, 0, 0, clean)))
         elif kind == "word":
             t = self.word(s, p, op[1], op[2])
-        elif kind == "bit":
-            t = self.mask(s, p, op[1], s[1][p][op[1] - 1] | 1 << op[2])
-        elif kind == "hold":
-            t = self.word(s, p, op[1], (SHARED + 1, s[0][p][op[1] - 1][1]))
-        elif kind == "unhold":
-            t = self.word(s, p, op[1], (SHARED, s[0][p][op[1] - 1][1]))
-            hand = tuple(x for x in hand if x[0] != op[1])
+        elif kind == "mask":
+            t = self.mask(s, p, op[1], op[2])
         elif kind == "clear":
             t = self.clear(s, p, op[1], op[2])
         elif kind == "slot":
@@ -95,7 +128,7 @@ class Operations(Memory):
         elif kind == "commit":
             _, q, which, end, gained, lost = op
             t = self.ring(s, q, which, X=end)
-            hand = tuple(x for x in hand if x[0] not in lost or self.shared(s, p, x))
+            hand = tuple(x for x in hand if x[0] not in lost)
             if status[0] == "live" or (self.variant == "resume_early" and status[0] == "wait"):
                 hand += tuple(x for x in gained if x not in hand)
             elif status[0] == "wait" and any(o != OWN for _, o in gained) and self.variant != "drop_once":
@@ -105,9 +138,9 @@ class Operations(Memory):
             field_name = "P" if which == self.queues[q].lends else "C"
             t = self.ring(s, q, which, **{field_name: s[3][q][which][3]})
         elif kind == "peer":  # the client publishes what it wrote: return or send
-            _, q, which, end, b = op
+            _, q, which, end, b, came = op
             t = self.ring(s, q, which, P=end)
-            hand = tuple(x for x in hand if x[0] != b)
+            hand = tuple(x for x in hand if x != (b, came))
         elif kind == "session":
             number = s[3][op[1]][2] + 1
             if self.variant == "repeat":
@@ -141,10 +174,6 @@ class Operations(Memory):
                 new = put(new, 4, 0)
             t = put(s, 3, put(s[3], q, new))
         return f"{self.names[p]}: {label}", self.party(t, p, rest, hand, status)
-
-    def shared(self, s: State, p: int, item: tuple[int, int]) -> bool:
-        """True for a shared buffer under the worker's own hold: it stays in the hand over a lend."""
-        return p < self.books and item[1] == OWN and s[0][p][item[0] - 1][0] >= SHARED
 
     # ---- session renewal, by the server or whoever acts as it
 
@@ -230,8 +259,10 @@ class Operations(Memory):
     # ---- recovery of a dead book: one store, decided from `state` alone
 
     def recover(self, s: State, p: int) -> Step | None:
-        """The next step of finishing book p's intent and dropping its holds, or None when it is clean."""
+        """The next step of finishing book p's intent, or None when it is clean."""
         op, q, which, base, end, handles = s[2][p]
+        if op == "fan":
+            return self.recover_fan(s, p)
         done = s[3][q][which][3] if op else 0
         who = f"recoverer of {self.names[p]}"
         if op and done == base:
@@ -249,7 +280,4 @@ class Operations(Memory):
         if op:
             clean: tuple[int, ...] = handles if self.variant == "torn" else ()
             return f"{who}: disarm", put(s, 2, put(s[2], p, ("", 0, 0, 0, 0, clean)))
-        for b in range(1, self.buffers + 1):
-            if s[0][p][b - 1][0] == SHARED + 1:
-                return f"{who}: drop hold of {b}", self.word(s, p, b, (SHARED, s[0][p][b - 1][1]))
         return None

@@ -9,10 +9,11 @@ The subjects (lend.py, grant.py, chain.py, ...) only choose the topology and nam
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 from explore import State, Step, Violation
-from memory import FORWARD, HOME, LENT, OWN, RETURN, RING_NAME, SHARED, Ops, Queue, put
+from memory import FORWARD, LENT, OWN, RETURN, RING_NAME, Ops, Queue, put
 from operations import Operations
 
 __all__ = ["Queue", "World"]
@@ -129,18 +130,19 @@ class World(Operations):
                 yield f"{name}: takes {n} from q{q}", self.party(s, p, self.take(s, p, q, which, n))
             if status == "reap":
                 continue
-            if self.fanout is None or queue.grant:
+            if self.fanout is None or queue.grant or p != self.fans:
                 yield from self.lend_next(s, p, q)
-        if status == "live" and self.fanout is not None and p == 0:
+        if status == "live" and self.fanout is not None and p == self.fans:
             yield from self.fan(s, p)
 
     def available(self, s: State, p: int) -> list[int]:
-        """What the free stack of book p holds: for a shared buffer the word alone decides."""
+        """What the free stack of book p holds."""
         mine = [b for b, _ in s[4][p][2]]
+        once = self.variant == "nohold"  # what was shared is on the stack as soon as its last bit goes
         return [
             b
             for b in range(1, self.buffers + 1)
-            if self.free(s, p, b) and (b not in mine or s[0][p][b - 1][0] >= SHARED)
+            if self.free(s, p, b) and (b not in mine or (once and s[1][p][b - 1]))
         ]
 
     def room(self, s: State, q: int, book: int, n: int = 1) -> bool:
@@ -198,30 +200,29 @@ class World(Operations):
             yield f"{name}: lends {b} of its hand on q{q}", self.party(s, p, self.lend(s, q, (b,), (word,)))
 
     def fan(self, s: State, p: int) -> Iterator[Step]:
-        """The fan-out worker: hold, a bit for each output that has room, drop the hold."""
+        """The fan-out worker: a new packet, or one that came to its hand, to some of the outputs."""
         hand = s[4][p][2]
-        held = [b for b, came in hand if came == OWN]
-        for b in held:
-            if s[0][p][b - 1][0] == HOME:  # an empty or exclusive one that a client sent
-                yield (
-                    f"{self.names[p]}: drops {b}",
-                    self.party(s, p, hand=tuple(x for x in hand if x[0] != b)),
-                )
-                continue
-            for q in self.fanout or ():
-                if self.room(s, q, p) and not s[1][p][b - 1] >> q & 1:
-                    yield (
-                        f"{self.names[p]}: {b} to output q{q}",
-                        self.party(s, p, self.lend(s, q, (b,), ("bit",))),
-                    )
-            yield f"{self.names[p]}: done with {b}", self.party(s, p, (("unhold", b),))
+        name = self.names[p]
+        outputs = [q for q in self.fanout or () if self.room(s, q, p)]
+        subsets = [c for n in range(1, len(outputs) + 1) for c in combinations(outputs, n)]
         free = self.available(s, p)
-        if free and (not held or self.variant == "nohold"):
+        if free and subsets and not any(came == OWN for _, came in hand) and not self.used(p):
             self.fill(s, p, free[0])
-            t = self.party(s, p, hand=(*hand, (free[0], OWN)))
-            t = self.mask(t, p, free[0], 0)
-            hold = SHARED if self.variant == "nohold" else SHARED + 1
-            yield f"{self.names[p]}: fills {free[0]}, holds it", self.word(t, p, free[0], (hold, None))
+            for queues in subsets:
+                yield f"{name}: {free[0]} to {queues}", self.party(s, p, self.fan_out(s, p, free[0], queues, None))
+        for b, came in hand:
+            if came == OWN:
+                yield f"{name}: drops {b}", self.party(s, p, hand=tuple(x for x in hand if x[0] != b))
+            elif s[0][p][b - 1][1] is not None:
+                continue  # lent on already: only returned
+            for queues in subsets:
+                if came == OWN and any(self.lent(s, p, b, q) for q in queues):
+                    continue  # has it already: a copy
+                origin = None if came == OWN else came
+                yield (
+                    f"{name}: {b} of its hand to {queues}",
+                    self.party(s, p, self.fan_out(s, p, b, queues, origin)),
+                )
 
     def borrow(self, s: State, p: int, hand: tuple[Any, ...]) -> Iterator[Step]:
         """What the client of queues does: receive, return, take empties, send."""
@@ -240,7 +241,7 @@ class World(Operations):
                 else:
                     if not self.lent(s, queue.server, b, q):
                         raise Violation(f"{name} receives {b} on q{q}, which is not lent on it any more")
-                    if b in [held for held, _ in hand]:
+                    if any(held == b and not (self.fanout and came != q) for held, came in hand):
                         raise Violation(f"{name} receives {b} on q{q} twice")
                     yield f"{name}: receives {b} on q{q}", self.party(t, p, hand=(*hand, (b, q)))
             back = FORWARD if queue.grant else RETURN
@@ -266,7 +267,7 @@ class World(Operations):
                     continue
                 verb = "sends" if queue.grant else "returns"
                 slot = ("slot", q, back, head % self.size[back], b)
-                yield f"{name}: {verb} {b} on q{q}", self.party(s, p, (slot, ("peer", q, back, end, b)))
+                yield f"{name}: {verb} {b} on q{q}", self.party(s, p, (slot, ("peer", q, back, end, b, came)))
         if p < self.books and self.fanout is None:
             for b, came in hand:
                 if came == OWN:

@@ -29,7 +29,10 @@ CORRECT = [
     ("pingpong", 1, 1, 1),
     ("fanout", 1, 1, 1),
     ("moved", 1, 1, 0),
+    ("fanborrow", 1, 1, 0),
+    ("twoways", 1, 1, 0),
     ("merge", 6, 1, 2),
+    ("bell", 3, 1, 2),
 ]
 # too large to be visited whole here: breadth first up to a limit (README.md has the whole visits)
 PARTIAL = [
@@ -37,6 +40,8 @@ PARTIAL = [
     ("programs", 1, 1, 1),
     ("pingpong", 1, 1, 2),
     ("moved", 1, 1, 1),
+    ("fanborrow", 1, 1, 1),
+    ("twoways", 1, 1, 1),
     ("relay", 1, 1, 2),
 ]
 PARTIAL_STATES = 60_000

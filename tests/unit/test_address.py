@@ -36,7 +36,7 @@ from ringbar.errors import BadAddress
         ("65535@2047", [QueueAddress(65535, 2047)]),
         ("zc:eth1", [NicAddress("eth1")]),
         ("zc:eth1@2", [NicAddress("eth1", 2)]),
-        ("zc:eth1@0-1", [NicAddress("eth1", 0), NicAddress("eth1", 1)]),
+        ("zc:eth1@0-1", [NicAddress("eth1", 0, 1)]),
         ("zc:br-lan", [NicAddress("br-lan")]),
         ("zc:eth0.100", [NicAddress("eth0.100")]),
         ("eth1", [InterfaceAddress("eth1")]),

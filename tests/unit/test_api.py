@@ -189,7 +189,7 @@ def test_status_is_json_and_names_who(cluster: Any, pair: Any) -> None:
     assert queue["producer"]["pid"] == queue["consumer"]["pid"] == os.getpid()
     assert queue["path"].count(f"(pid {os.getpid()})") == 2
     assert queue["path"].count(" → ") == 1
-    assert set(queue["drops"]) == {"full", "filter", "bad", "no_buffer", "credit"}
+    assert set(queue["drops"]) == {"full", "filter", "bad", "no_buffer", "credit", "gone"}
     assert {"granted", "credit", "quarantined", "foreign", "copied"} <= set(queue)
     assert status["cluster"]["id"] == 1
     assert status["books"][0]["lent"] == 3
@@ -540,7 +540,7 @@ def test_counters_and_looking(cluster: Any, pair: Any) -> None:
     rx.recv(64, timeout=5).release()
     stats = rx.stats()
     assert (stats["packets"], stats["bytes"], stats["mode"]) == (64, 64 * 60, "loan")
-    assert stats["drops"] == dict.fromkeys(("full", "filter", "bad", "no_buffer", "credit"), 0)
+    assert stats["drops"] == dict.fromkeys(("full", "filter", "bad", "no_buffer", "credit", "gone"), 0)
     assert abs(rx.clock - time.time_ns()) < 10**10
     assert "1@0" in repr(rx)
 
@@ -693,6 +693,19 @@ def test_settings_of_flows_are_checked(cluster: Any, wrong: dict[str, Any]) -> N
         ringbar.Flow(cluster.queues[0], **wrong)
     with pytest.raises(ringbar.Error, match="needs an end"):
         ringbar.Flow()
+
+
+def test_a_cluster_of_a_vms_own_cannot_hide_one_of_its_host(
+    core: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ringbar
+    from ringbar import attach
+
+    monkeypatch.setattr(attach, "plugged_clusters", lambda: [1])
+    with pytest.raises(ringbar.Error, match="cluster 1 of the host is attached to this VM") as caught:
+        ringbar.Cluster.create(1, buffers=8192)
+    assert caught.value.code == "would-hide"
+    ringbar.Cluster.create(2, buffers=8192).close()
 
 
 # ---- what cffi is told -----------------------------------------------------------------------------------------------

@@ -331,13 +331,21 @@ def test_real_rte_ring_bench_refuses_bad_options() -> None:
         assert "usage:" in done.stderr
 
 
+def _moves(pair: peers.Memif) -> bool:
+    """Whether anything arrived in a tenth of a second, which on a loaded machine may pass without."""
+    try:
+        return pair.run(0.1) > 0
+    except peers.PeerFailed:
+        return False
+
+
 def test_real_memif_moves_packets_and_leaves_nothing() -> None:
     before = left_over()
     try:
         with peers.Memif() as pair:
             processes = [side._process for side in (pair._receiver, pair._sender)]
-            assert pair.run(0.1) > 0
-            assert pair.run(0.1) > 0  # and again, after both have stood still
+            for _ in range(2):  # and again, after both have stood still
+                assert any(_moves(pair) for _ in range(50)), "nothing moved in 5 s"
     except peers.NotAvailable as missing:
         pytest.skip(str(missing))
     assert all(process is not None and process.poll() is not None for process in processes)

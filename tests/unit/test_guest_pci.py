@@ -111,6 +111,12 @@ def test_is_guest(sysfs: FakeSysfs, proc: pathlib.Path) -> None:
     (proc / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu hypervisor sse\n")
     assert pci.is_guest(sysfs.root, proc)
     (proc / "cpuinfo").unlink()
+    vendor = sysfs.root / "class/dmi/id/sys_vendor"
+    vendor.parent.mkdir(parents=True)
+    vendor.write_text("QEMU\n")
+    assert pci.is_guest(sysfs.root, proc)
+    vendor.unlink()
+    assert not pci.is_guest(sysfs.root, proc)
     sysfs.add("0000:00:1e.0")
     assert pci.is_guest(sysfs.root, proc)
 

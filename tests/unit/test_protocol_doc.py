@@ -21,6 +21,7 @@ BITS = {
                          "RB_WORD_SUB(0, 0, 0xffff)"],
     "## 9. Intents: the order of stores": ["RB_INTENT(15, 0, 0, 0)", "RB_INTENT(0, 0, 0xfff, 0)",
                                            "RB_INTENT(0, 0xffff, 0, 0)", "RB_INTENT(0, 0, 0, 0xffffffffu)"],
+    "## 14. Bells": ["RB_ARMED(0, 0xffffffffu)", "RB_ARMED(0xffffffffu, 0)"],
 }  # fmt: skip
 HEADING = re.compile(r"^`struct (\w+)`, (\d+) bytes$")
 ROW = re.compile(r"^\| (\d+) \| (\d+) \| `(\w+)` \|")
@@ -117,16 +118,18 @@ def test_constants_of_the_text(tmp_path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     expected = {
         "0x315241424752": "RB_MAGIC",
-        "1 pool, 2 lane, 3 state": "RB_KIND_POOL * 100 + RB_KIND_LANE * 10 + RB_KIND_STATE",
+        "1 pool, 2 lane, 3 state, 4 bell":
+            "RB_KIND_POOL * 1000 + RB_KIND_LANE * 100 + RB_KIND_STATE * 10 + RB_KIND_BELL",
         "0 free, 1 open, 2 closing, 3 gone":
             "RB_SEG_FREE * 1000 + RB_SEG_OPEN * 100 + RB_SEG_CLOSING * 10 + RB_SEG_GONE",
         "1 LEND, 2 GRANT, 3 DIRECT": "RB_LEG_LEND * 100 + RB_LEG_GRANT * 10 + RB_LEG_DIRECT",
-        "0 none, 1 HOME, 2 LENT, 3 in a DEVICE, 4 SHARED (reserved), 5 QUARANTINED":
+        "0 none, 1 HOME, 2 LENT, 3 in a DEVICE, 4 SHARED, 5 QUARANTINED":
             "RB_W_HOME * 10000 + RB_W_LENT * 1000 + RB_W_DEVICE * 100 + RB_W_SHARED * 10 + RB_W_QUARANTINED",
-        "0 none, 1 LEND, 2 TAKE, 3 GRANT, 4 COLLECT":
-            "RB_OP_LEND * 1000 + RB_OP_TAKE * 100 + RB_OP_GRANT * 10 + RB_OP_COLLECT",
+        "0 none, 1 SHARED, 2 LENT, 3 in a DEVICE": "RB_SUB_SHARED * 100 + RB_W_LENT * 10 + RB_W_DEVICE",
+        "0 none, 1 LEND, 2 TAKE, 3 GRANT, 4 COLLECT, 5 FAN":
+            "RB_OP_LEND * 10000 + RB_OP_TAKE * 1000 + RB_OP_GRANT * 100 + RB_OP_COLLECT * 10 + RB_OP_FAN",
         "29 SHARED, 30 META, 31 MORE": "RB_SHARED * 100 + RB_META * 10 + RB_MORE",
     }  # fmt: skip
     for sentence in expected:
         assert sentence in text, sentence
-    assert ask(tmp_path, list(expected.values())) == [0x315241424752, 123, 123, 123, 12345, 1234, 124]
+    assert ask(tmp_path, list(expected.values())) == [0x315241424752, 1234, 123, 123, 12345, 123, 12345, 124]

@@ -19,7 +19,8 @@ import pytest
 
 from ringbar.errors import BadAddress, Busy, Error, Incompatible, NotFound
 from ringbar.qemu.hotplug import Function, Vm
-from ringbar.qemu.qmp import parse_address, process_start
+from ringbar.qemu.monitor import process_start
+from ringbar.qemu.qmp import parse_address
 
 VERSION = {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}
 GREETING = json.dumps({"QMP": {"version": VERSION, "capabilities": []}}).encode() + b"\r\n"
@@ -105,7 +106,9 @@ def refused(address: str, timeout: float = 5.0) -> Error:
 
 @pytest.mark.parametrize("address", ["web1", "", "qmp:", "qmp:relative/path", "tcp:1:2", "/a\0b", "/" + "x" * 108])
 def test_addresses_that_are_none(address: str) -> None:
-    assert isinstance(refused(address), BadAddress)
+    with pytest.raises(BadAddress) as caught:
+        parse_address(address)
+    assert caught.value.cure
 
 
 def test_both_forms_of_an_address() -> None:

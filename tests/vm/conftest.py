@@ -7,6 +7,8 @@ import importlib
 import os
 import pathlib
 import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any, Callable
@@ -18,8 +20,9 @@ from testinfra.host import Host
 from ringbar.qemu import image as images
 from ringbar.qemu.launch import QEMU, Guest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from vmtools import Program, Shell
+for _directory in pathlib.Path(__file__).parents[:2]:  # vmtools; netspace and talk
+    sys.path.insert(0, str(_directory))
+from vmtools import Launch, Program, Shell  # noqa: E402
 
 PACKAGES = ("ringbar", "ringbar.guest")
 
@@ -104,6 +107,38 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
         monkeypatch.setenv(name, value)
     yield shell
     shell.close()
+
+
+@pytest.fixture
+def launch(shell: Shell) -> Iterator[Launch]:
+    """Starts agents; returns when one is ready."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(**environment: str) -> subprocess.Popen[str]:
+        place = shell.root / "notify"
+        place.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+            told.bind(str(place))
+            told.settimeout(60)
+            with open(shell.root / "agent.log", "a") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "ringbar", "agent"],
+                    env={**os.environ, **shell.variables, **environment, "NOTIFY_SOCKET": str(place)},
+                    cwd=shell.root,
+                    stderr=log,
+                    text=True,
+                )
+            running.append(process)
+            assert b"READY=1" in told.recv(4096)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(30)
+    if running:
+        print((shell.root / "agent.log").read_text())  # shown where the test failed
 
 
 @pytest.fixture

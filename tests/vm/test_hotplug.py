@@ -289,11 +289,11 @@ def test_failure_midway_is_rolled_back(
     functions = [*memory.functions(), Function("lane2", MIB, path=memory.lane_path)]
     real = AsyncVm._add_device
 
-    async def add(self: AsyncVm, device: str, place: Any, number: int, *, multifunction: bool) -> None:
+    async def add(self: AsyncVm, device: str, place: Any, number: int, rings: bool, *, multifunction: bool) -> None:
         if number == fails_at:
             await self._connection.execute("device_add", driver="ivshmem-plain", id=device, memdev=f"{device}.mem",
                                            bus=place.bus, addr="ff.0")
-        await real(self, device, place, number, multifunction=multifunction)
+        await real(self, device, place, number, rings, multifunction=multifunction)
 
     before = contents(running.second_qmp)
     with Vm.connect(running.qmp) as vm:
@@ -398,11 +398,11 @@ def test_cancelled_plug_is_taken_back(
     """Ctrl-C between the two functions."""
     real = AsyncVm._add_device
 
-    async def add(self: AsyncVm, device: str, place: Any, number: int, *, multifunction: bool) -> None:
+    async def add(self: AsyncVm, device: str, place: Any, number: int, rings: bool, *, multifunction: bool) -> None:
         if number == 0:
             os.kill(os.getpid(), signal.SIGINT)
             await asyncio.Event().wait()
-        await real(self, device, place, number, multifunction=multifunction)
+        await real(self, device, place, number, rings, multifunction=multifunction)
 
     before = contents(pc.second_qmp)
     with Vm.connect(pc.qmp) as vm:

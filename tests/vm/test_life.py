@@ -235,6 +235,38 @@ def test_a_guest_that_ignores_the_unplug_keeps_its_state(shell: Shell, guest_pc:
     shell("attach", vm(guest_pc), "99@0")
 
 
+def test_a_paused_vm_keeps_what_it_holds_and_goes_on_where_it_was(
+    shell: Shell, guest_pc: Guest, program: Start
+) -> None:
+    """For how long makes no difference: nothing looks at the clock."""
+    shell.cluster()
+    shell("attach", vm(guest_pc), "99@0")
+    with ringbar.Cluster.attach(99) as zc, zc.open_queue(0, "tx") as tx:
+        one = program(guest_pc)
+        with serving(zc):
+            one.do(OPEN)
+            send(tx, HELD)
+            assert one.do(HOLD) == HELD
+        monitor(guest_pc, "stop")
+        try:
+            packets = [number.to_bytes(4, "big") * 16 for number in range(HELD, HELD + 2000)]
+            fitted = tx.write(packets)  # as many as the ring has slots, or the queue credit
+            assert fitted < 2000 and shell.queue("99@0")["waiting"] == fitted
+            assert tx.write(packets[:1]) == 0
+            zc.service()
+            assert shell.queue("99@0")["held"] == HELD  # by a command that takes home what the dead left
+            assert shell.json("status")["vms"][0]["state"] == "ready"
+        finally:
+            monitor(guest_pc, "cont")
+        with serving(zc):
+            assert numbers(one, fitted) == list(range(HELD, HELD + fitted))
+            one.do("held[0].release()")
+            until(lambda: shell.queue("99@0")["lent"], lambda lent: lent == 0, "not all came back")
+        one.close()
+    shell.detach(guest_pc)
+    shell.comes_home()
+
+
 def test_forced_detach_quarantines_until_the_vm_ends(shell: Shell, mortal: Guest, program: Start) -> None:
     shell.cluster()
     shell("attach", vm(mortal), "99@0", "--tx", "99@1")
@@ -324,6 +356,13 @@ def test_a_cluster_in_use_by_a_vm_is_destroyed_by_force_only(shell: Shell, guest
     assert caught.value.type in ("Detached", "Error")
     shell("detach", vm(guest_pc))
     assert in_guest(guest_pc, "doctor", status=None)["good"] is not None
+
+
+def test_doctor_in_a_vm_with_nothing_plugged_in_takes_it_for_a_guest(guest_pc: Guest) -> None:
+    found = {f["check"]: f for f in in_guest(guest_pc, "doctor", status=0)["findings"]}
+    assert "nothing is plugged into this VM" in found["devices"]["detail"]
+    assert "ringbar attach" in found["devices"]["cure"]
+    assert not {"QEMU", "KVM", "libvirt"} & set(found)
 
 
 def test_attach_and_detach_again_and_again_leaves_nothing(shell: Shell, guest_pc: Guest) -> None:

@@ -59,7 +59,7 @@ def test_a_pool_of_every_size_on_every_machine(
     assert pool["size"] == size * MIB
     shell("attach", vm(guest), "99@0", "--tx", "99@1", timeout=90)
     loop(shell, guest)
-    assert memory_types(guest) == ["write-back", "write-back"]
+    assert memory_types(guest) == ["write-back"] * 3  # lane, pool, and the one that it sends from
     shell.detach(guest)
     shell.comes_home()
 
@@ -174,15 +174,20 @@ def test_a_read_only_vm_that_is_to_send_needs_a_replug(shell: Shell, guest_pc: G
     assert said["error"]["code"] == "needs-replug" and "--replug" in said["error"]["cure"]
     assert shell.json("status")["vms"][0]["pool"] == "ro"
     said = shell.json("attach", vm(guest_pc), "99@0", "--tx", "99@1", "--replug")
-    assert said["attachments"][0]["pool"] == "rw"
+    assert said["attachments"][0]["pool"] == "own"
     loop(shell, guest_pc)
 
 
-def test_the_default_with_tx_is_rw_with_a_warning(shell: Shell, guest_pc: Guest, program: Start) -> None:
+def test_what_a_vm_that_sends_may_write(shell: Shell, guest_pc: Guest, program: Start) -> None:
+    """Its own pool, where nothing was asked for; everything with rw; and not nothing."""
     shell.cluster()
     said = shell.json("attach", vm(guest_pc), "99@0", "--tx", "99@1")
+    assert said["attachments"][0]["pool"] == "own" and said["warnings"] == []
+    said = shell.json("attach", vm(guest_pc), "99@0", "--pool", "rw", status=1)
+    assert said["error"]["code"] == "needs-replug"
+    said = shell.json("attach", vm(guest_pc), "99@0", "--pool", "rw", "--replug")
     assert said["attachments"][0]["pool"] == "rw"
-    assert any("can change every packet of cluster 99" in warning for warning in said["warnings"])
+    assert said["attachments"][0]["sees"] == "can read and change all packets of cluster 99"
     assert program(guest_pc).do(ECHO.format(99)) is True
     said = shell.json("attach", vm(guest_pc), "99@0", "--tx", "99@1", "--pool", "ro", status=1)
     assert said["error"]["code"] == "pool-read-only"
@@ -200,3 +205,38 @@ def test_a_pool_larger_than_the_ports_window_is_told_and_rescued(
         loop(shell, guest)
         shell.detach(guest)
     shell.comes_home()
+
+
+def test_a_vm_that_sends_has_a_pool_of_its_own(
+    shell: Shell, guest_pc: Guest, guest_wide: Guest, program: Start
+) -> None:
+    """Who was plugged before that pool was there gets copies, who comes after reads the very buffers."""
+    shell.cluster(99, 4)
+    shell("attach", vm(guest_wide), "99@1")
+    said = shell.json("attach", vm(guest_pc), "99@0", "--tx", "99@1")
+    assert said["warnings"] == [] and said["attachments"][0]["pool"] == "own"
+    assert said["attachments"][0]["sees"] == "can read all packets of cluster 99 and writes only a pool of its own"
+    pools = [s for s in shell.status()["segments"] if s["kind"] == "pool"]
+    assert [(s["id"], s["vm"]) for s in pools] == [(0, ""), (1, vm(guest_pc))]
+    relay = shell.start("bridge", "-i", "99@3", "-o", "99@0")  # serves the sending VM
+    for copied in (PACKETS, 0):
+        before = shell.queue("99@1")["copied"]
+        with Tool(guest_wide, "count", "-i", "99@1", "--verify", "--packets", str(PACKETS), "--json") as tool:
+            assert in_guest(guest_pc, "send", "-o", "99@1", "--packets", str(PACKETS))["sent"]["packets"] == PACKETS
+            seen = tool.end(ask=False)
+        assert seen["received"]["packets"] == PACKETS
+        assert not any(seen["verify"][name] for name in ("lost", "reordered", "duplicated", "corrupted", "foreign"))
+        assert shell.queue("99@1")["copied"] - before == copied
+        if copied:
+            shell.detach(guest_wide)
+            shell("attach", vm(guest_wide), "99@1")
+    there = program(guest_pc)
+    there.do("zc = ringbar.Cluster.attach(99, timeout=20)\nrx, tx = zc.open_queue(0, 'rx'), zc.open_queue(1, 'tx')")
+    assert there.do("answer = zc.writable") is False
+    assert there.do("burst = tx.alloc(4)\nanswer = [h >> 24 for h in burst.handles]") == [1] * 4
+    there.do("burst.release()\nzc.close()")
+    shell.detach(guest_pc)
+    shell.finish(relay, ask=True)
+    shell.detach(guest_wide)
+    shell.comes_home()
+    assert [s["id"] for s in shell.status()["segments"] if s["kind"] == "pool"] == [0]

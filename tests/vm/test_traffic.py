@@ -104,6 +104,22 @@ def test_the_host_relays_from_vm_to_vm(shell: Shell, guest_pc: Guest, guest_wide
     shell.comes_home()
 
 
+def test_one_program_receives_from_a_vm_and_another_sends_to_it(shell: Shell, guest_pc: Guest) -> None:
+    """The first serves the VM. What the second sends comes by a hop, which goes with it."""
+    shell.cluster(99, 2)
+    shell("attach", vm(guest_pc), "99@0", "--tx", "99@1")
+    counting = shell.start("count", "-i", "99@1", "--verify", "--packets", str(PACKETS), "--json")
+    with Tool(guest_pc, "bridge", "-i", "99@0", "-o", "99@1"):
+        sending = shell.start("send", "-o", "99@0", "--packets", str(PACKETS), "--rate", "3k", "--json")
+        hop = shell.status()["queues"][-1]
+        assert (hop["feeds"], hop["producer"]["pid"], hop["consumer"]["pid"]) == ("99@0", sending.pid, counting.pid)
+        assert shell.finish(sending)["sent"]["packets"] == PACKETS
+        faultless(shell.finish(counting), PACKETS)
+    shell.detach(guest_pc)
+    shell.comes_home()
+    assert [q["address"] for q in shell.status()["queues"]] == ["99@0", "99@1"]
+
+
 def test_a_direct_queue_needs_no_host(shell: Shell, guest_pc: Guest, guest_wide: Guest) -> None:
     shell.cluster(99, 0)
     shell("queue", "create", "99", "--direct", "--slots", "1024")

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ringbar.qemu.launch import Guest
 
@@ -69,8 +69,9 @@ class Shell:
         self.started: list[subprocess.Popen[str]] = []
         self.vms: set[str] = set()
 
-    def _command(self, words: tuple[str, ...]) -> dict[str, Any]:
-        self.vms |= {word for word in words if word.startswith("qmp:")}
+    def command(self, *words: str) -> dict[str, Any]:
+        """What Popen takes."""
+        self.vms |= set(words[1:2]) if words[0] == "attach" else set()
         return {
             "args": [sys.executable, "-m", "ringbar", *words],
             "env": {**os.environ, **self.variables},
@@ -80,23 +81,23 @@ class Shell:
 
     def run(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        done = subprocess.run(**self._command(words), capture_output=True, timeout=timeout)
+        done = subprocess.run(**self.command(*words), capture_output=True, timeout=timeout)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 
-    def __call__(self, *words: str, status: int = 0, timeout: float = 60) -> str:
-        """Run a command; what it printed. The exit status must be ``status``."""
+    def __call__(self, *words: str, status: int | None = 0, timeout: float = 60) -> str:
+        """Run a command; what it printed. The exit status must be ``status``; None: any."""
         done = self.run(*words, timeout=timeout)
-        assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert status in (None, done.returncode), f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def json(self, *words: str, status: int = 0, timeout: float = 60) -> Any:
+    def json(self, *words: str, status: int | None = 0, timeout: float = 60) -> Any:
         """Run a command with --json; the document."""
         return json.loads(self(*words, "--json", status=status, timeout=timeout))
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a tool and wait until its devices are open."""
-        process = subprocess.Popen(**self._command(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(**self.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.started.append(process)
         line = read_line(process, 30, process.stderr)
         assert any(sign in line for sign in READY), line
@@ -337,5 +338,34 @@ def monitor(guest: Guest, command: str, **arguments: Any) -> Any:
 
 def vm(guest: Guest) -> str:
     """The guest as ``ringbar attach`` takes it."""
-    return f"qmp:{guest.qmp}"
+    return getattr(guest, "domain", f"qmp:{guest.qmp}")  # one of libvirt has its name there
 
+
+
+# ---- the agent ------------------------------------------------------------------------------------------------------
+
+
+class Launch(Protocol):
+    """Starts agents; returns when one is ready."""
+
+    def __call__(self, **environment: str) -> subprocess.Popen[str]: ...
+
+
+def kinds(shell: Shell) -> list[str]:
+    """What has happened, by the agent."""
+    return [e["kind"] for e in shell.json("events")["events"] if e["kind"] != "agent-started"]
+
+
+def attachments(shell: Shell) -> list[dict[str, Any]]:
+    return list(shell.json("status", "--sample", "0")["vms"])
+
+
+def state(shell: Shell) -> str:
+    """Of the only attachment."""
+    (one,) = attachments(shell)
+    return str(one["state"])
+
+
+def is_plugged(shell: Shell) -> None:
+    """Wait until the only attachment is."""
+    until(lambda: state(shell), lambda s: s == "plugged", "not plugged in", timeout=90)

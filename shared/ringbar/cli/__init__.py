@@ -10,6 +10,7 @@ returns the exit status.
 from __future__ import annotations
 
 import argparse
+import grp
 import importlib
 import os
 import sys
@@ -20,26 +21,51 @@ from ringbar.errors import Error
 
 _HOST = "ringbar.host.commands"
 _LOOKING = "ringbar.host.looking"
-_TOOLS = "ringbar.cli.tools"
+_COUNTING = "ringbar.cli.counting"
+_SENDING = "ringbar.cli.sending"
+_MOVING = "ringbar.cli.moving"
+_PIPELINE = "ringbar.cli.pipeline"
+_CAPTURE = "ringbar.cli.capture"
+_WORKER = "ringbar.cli.worker"
 _BENCH = "ringbar.host.bench.commands"
+_AGENT = "ringbar.host.agent.commands"
+_TOPOLOGY = "ringbar.host.topology.commands"
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "cluster": (_HOST, "make, list, show and destroy clusters"),
     "queue": (_HOST, "make, pause, resume and destroy queues"),
     "attach": (_HOST, "give a running VM ends of queues"),
     "detach": (_HOST, "take them away again"),
+    "guest-bundle": ("ringbar.host.bundle", "pack ringbar for VMs that have no compiler and no network"),
+    "migrate": (_HOST, "move a running VM with its queues"),
     "status": (_LOOKING, "what is there now: clusters, queues, VMs, rates, drops"),
+    "plan": (_TOPOLOGY, "what a topology file would change"),
+    "apply": (_TOPOLOGY, "make it as a topology file says"),
+    "events": (_AGENT, "what happened: changes, and what befell VMs"),
+    "agent": (_AGENT, "the daemon that does these things, and keeps VMs attached"),
+    "top": ("ringbar.host.top", "live view of workers, queues, NICs and VMs as they hang together"),
     "doctor": (_LOOKING, "what this host or guest can do, what is missing, and the command that mends it"),
-    "count": (_TOOLS, "receive and count packets"),
-    "send": (_TOOLS, "generate packets with sequence numbers and checksums"),
-    "bridge": (_TOOLS, "move packets from one device to another"),
-    "capture": (_TOOLS, "write packets to a pcapng or pcap file"),
+    "count": (_COUNTING, "receive and count packets"),
+    "send": (_SENDING, "generate packets with sequence numbers and checksums"),
+    "bridge": (_MOVING, "move packets from one device to another"),
+    "balance": (_MOVING, "share packets among several outputs"),
+    "fanout": (_MOVING, "give every packet to several applications, without a copy"),
+    "merge": (_MOVING, "bring several inputs together in order of time"),
+    "delay": (_MOVING, "pass packets on a time later"),
+    "replicate": (_MOVING, "send what comes from one device out of several"),
+    "pipeline": (_PIPELINE, "pass packets through several stages, a thread each"),
+    "capture": (_CAPTURE, "write packets to a pcapng or pcap file"),
+    "tap": ("ringbar.cli.tap", "a queue as an ordinary network interface"),
+    "worker": (_WORKER, "list, change, pause and stop tools that run in the background"),
     "bench": (_BENCH, "measure rings, VMs and Python on this machine"),
 }
 
 _GROUPS = (
-    ("clusters and VMs, on the host", ("cluster", "queue", "attach", "detach", "status")),
-    ("tools, on host and guest alike", ("count", "send", "bridge", "capture")),
+    ("clusters and VMs, on the host", ("cluster", "queue", "attach", "detach", "migrate", "status", "top")),
+    ("to bring ringbar into a VM, on the host", ("guest-bundle",)),
+    ("all of it at once, on the host", ("plan", "apply", "agent", "events")),
+    ("tools, on host and guest alike", ("count", "send", "bridge", "balance", "fanout", "merge", "delay", "replicate")),
+    ("more tools, on host and guest alike", ("pipeline", "capture", "tap", "worker")),
     ("this machine", ("doctor", "bench")),
 )
 
@@ -52,7 +78,7 @@ def _usage() -> str:
     ]
     for title, names in _GROUPS:
         lines += ["", f"{title}:"]
-        lines += [f"  {name:<9} {COMMANDS[name][1]}" for name in names]
+        lines += [f"  {name:<12} {COMMANDS[name][1]}" for name in names]
     lines += [
         "",
         "  -h, --help     this; 'ringbar COMMAND --help' has options and examples",
@@ -63,7 +89,7 @@ def _usage() -> str:
         "  ringbar attach qmp:/run/vm1.qmp 99@0 --tx 99@1     the VM receives 99@0 and sends 99@1",
         "  ringbar count -i 99@1                              count what it sends",
         "",
-        "exit status: 0 done, 1 failed or faults found, 2 usage, 4 not finished within --timeout",
+        "exit status: 0 done, 1 failed or faults found, 2 usage, 3 plan --check differs, 4 not finished in --timeout",
     ]
     return "\n".join(lines)
 
@@ -73,8 +99,13 @@ def _version() -> str:
 
     try:
         return metadata.version("ringbar")
-    except metadata.PackageNotFoundError:
-        return "0.1.0 (not installed)"
+    except metadata.PackageNotFoundError:  # a directory that was copied into a VM, or a checkout
+        import ringbar
+
+        try:
+            return ringbar.__version__
+        except ImportError:
+            return "unknown (its C part is not built)"
 
 
 def _parser(name: str) -> Parser:
@@ -102,7 +133,19 @@ def read(parser: Parser, arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _unexpected(error: BaseException) -> Error:
+def _group_cure() -> str:
+    """For who may not open what the group may; as the core says it."""
+    try:
+        grp.getgrnam("ringbar")
+    except KeyError:
+        return (
+            "run it as root (sudo); or make the group first (groupadd --system ringbar; usermod -aG ringbar USER), "
+            "then the clusters anew"
+        )
+    return "join group ringbar: usermod -aG ringbar USER, and log in again"
+
+
+def unexpected(error: BaseException) -> Error:
     """Any other exception as one sentence with, where known, its cure."""
     if isinstance(error, ImportError):
         missing = error.name or str(error)
@@ -116,8 +159,11 @@ def _unexpected(error: BaseException) -> Error:
             f"the Python package '{missing}' is missing", code="not-installed", cure="pip install 'ringbar[host]'"
         )
     if isinstance(error, PermissionError):
-        where = f" to {error.filename}" if error.filename else ""
-        return Error(f"no permission{where}", code="no-permission", cure="run it as root (sudo)")
+        where = f" for {error.filename}" if error.filename else ""
+        ours = str(error.filename).startswith(os.environ.get("RINGBAR_RUN") or "/run/ringbar")
+        return Error(
+            f"no permission{where}", code="no-permission", cure=_group_cure() if ours else "run it as root (sudo)"
+        )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return Error(f"{where}{error.strerror or error}", code="system")
@@ -157,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if os.environ.get("RINGBAR_DEBUG"):
             raise
-        out.error(_unexpected(e))
+        out.error(unexpected(e))
         return FAILED
 
 

@@ -11,7 +11,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ from ringbar.errors import Busy, Error, NotFound
 
 TICK = 0.05
 """Seconds between two looks at a worker."""
+SLOTS = 4096
+"""Of queues that a tool makes."""
+BURST = 64
+SPARE = 16384
+"""Buffers of a cluster that a tool makes, beside what its queues can lend: for NICs and what is in hands."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, a service manager, a terminal or SSH connection that goes away: a tool closes its ends and sums up."""
 
@@ -58,10 +63,13 @@ class Job:
         self.cluster = cluster
         self.inputs = inputs
         self.outputs = outputs
+        self._watching: Any = None
         self._before = {id(end): self._queue_drops(end) for end in inputs}
 
     def describe(self, end: Any) -> str:
         """``99@0``, or ``zc:eth1 (driver)``: a device says how it was opened."""
+        if isinstance(end, str):
+            return end
         mode = end.stats()["mode"]
         return str(end.address) if mode in ("", "loan") else f"{end.address} ({mode})"
 
@@ -69,10 +77,26 @@ class Job:
         where = address.parse_device(str(end.address).split(",")[0])
         if not isinstance(where, address.QueueAddress):
             return {}
-        for queue in self.cluster.queues:
-            if queue.id == where.queue:
-                return dict(queue.info()["drops"])
+        try:
+            for queue in self._watch().queues:
+                if queue.id == where.queue:
+                    return dict(queue.info()["drops"])
+        except Error:  # gone meanwhile
+            pass
         return {}
+
+    def _watch(self) -> Any:
+        """Another attachment: the first belongs to a worker while it runs."""
+        from ringbar import Cluster
+
+        if self._watching is None:
+            self._watching = Cluster.attach(self.cluster.id)
+        return self._watching
+
+    def close(self) -> None:
+        """Let go of what was opened for looking."""
+        if self._watching is not None:
+            self._watching.close()
 
     def drops(self, end: Any) -> dict[str, int]:
         """Packets lost at this end since it was opened, by reason."""
@@ -88,12 +112,22 @@ class Job:
 
 
 @contextlib.contextmanager
-def opened(inputs: Sequence[str], outputs: Sequence[str], options: argparse.Namespace) -> Iterator[Job]:
+def opened(
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    options: argparse.Namespace,
+    *,
+    queues: int = 0,
+    by_worker: bool = False,
+) -> Iterator[Job]:
     """Open devices by name, all from one attachment to their cluster; closed in the end.
 
     A device that is both input and output is opened once. Where no queue and no ``-c`` names a cluster, one is made
     that lives with the tool.
 
+    :param queues: make the cluster of ``-c``, with so many queues.
+    :param by_worker: a worker opens queues to send to, and sets the filter of what it receives from: of such queues
+        there is only the address.
     :raises Usage: devices that do not fit together.
     :raises Error: what the core says of one that cannot be opened.
     """
@@ -106,33 +140,73 @@ def opened(inputs: Sequence[str], outputs: Sequence[str], options: argparse.Name
             _check_taken(device.interface, options)
         if isinstance(device, address.QueueAddress) and device in tos:
             raise Usage(f"{device} would feed itself", cure="name another queue")
+    if options.steer is not None and not options.steer.strip():  # a script's variable that was not set
+        raise Usage(
+            "the rule of --steer is empty", cure="--steer 'udp port 5000', for example; --take-all takes everything"
+        )
+    if options.steer is not None and not any(isinstance(d, address.NicAddress) for d in froms):
+        raise Usage("--steer says what to take of a zc: NIC, and none is an input", cure="--filter, or -i zc:eth1")
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(_cluster(froms + tos, options))
+        cluster = stack.enter_context(_cluster(froms + tos, options, queues))
         ends: dict[str, Any] = {}
-        for device in froms + tos:
-            if str(device) not in ends:
-                mode = "rxtx" if device in froms and device in tos else "rx" if device in froms else "tx"
-                ends[str(device)] = stack.enter_context(_open(cluster, device, mode, options))
-        yield Job(cluster, [ends[str(d)] for d in froms], [ends[str(d)] for d in tos])
+        # Queues first: what a dead process had lent on one is taken over by who serves no other yet.
+        for device in sorted(froms + tos, key=lambda d: not isinstance(d, address.QueueAddress)):
+            if str(device) in ends:
+                continue
+            if by_worker and device not in froms and isinstance(device, address.QueueAddress):
+                _check_there(cluster, device)
+                ends[str(device)] = str(device)
+                continue
+            mode = "rxtx" if device in froms and device in tos else "rx" if device in froms else "tx"
+            only_look = not tos and isinstance(device, address.StackAddress)
+            end = ends[str(device)] = stack.enter_context(_open(cluster, device, mode, options, only_look))
+            if "rx" in mode and options.filter is not None and not by_worker:
+                end.filter = options.filter
+        job = Job(cluster, [ends[str(d)] for d in froms], [ends[str(d)] for d in tos])
+        stack.callback(job.close)
+        yield job
 
 
-def _open(cluster: Any, device: address.DeviceAddress, mode: str, options: argparse.Namespace) -> Any:
+def _check_there(cluster: Any, device: address.QueueAddress) -> None:
+    known = {q.id for q in cluster.queues}
+    if device.queue not in known:
+        shown = address.format_queues(address.QueueAddress(device.cluster, q) for q in known)
+        there = f"; there are: {shown}" if shown else ""
+        cure = (
+            f"on the host: ringbar attach VM {device}" if cluster.is_guest else f"ringbar queue create {device.cluster}"
+        )
+        raise NotFound(f"there is no queue {device}", code="no-such-queue", cure=cure + there)
+
+
+def _open(
+    cluster: Any, device: address.DeviceAddress, mode: str, options: argparse.Namespace, only_look: bool
+) -> Any:
     if isinstance(device, address.QueueAddress):
-        known = {q.id for q in cluster.queues}
-        if device.queue not in known:
-            shown = address.format_queues(address.QueueAddress(device.cluster, q) for q in known)
-            there = f"; there are: {shown}" if shown else ""
-            cure = (
-                f"on the host: ringbar attach VM {device}"
-                if cluster.is_guest
-                else f"ringbar queue create {device.cluster}"
-            )
-            raise NotFound(f"there is no queue {device}", code="no-such-queue", cure=cure + there)
+        _check_there(cluster, device)
         return cluster.open_queue(device.queue, mode)
-    return cluster.open_device(str(device), mode, xdp=options.xdp)
+    more = {"observe": True} if only_look else {}
+    return cluster.open_device(str(device), mode, **_device_options(device, mode, options), **more)
 
 
-def _cluster(devices: list[address.DeviceAddress], options: argparse.Namespace) -> Any:
+def _device_options(device: address.DeviceAddress, mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, as far as this kind of device knows it."""
+    found: dict[str, Any] = {}
+    if isinstance(device, address.NicAddress):
+        found["xdp"] = options.xdp
+        if "rx" in mode:
+            found.update(steer=options.steer, take_all=options.take_all)
+    if isinstance(device, address.StackAddress) and "rx" in mode:
+        found["take_all"] = options.take_all
+    if isinstance(device, (address.NicAddress, address.InterfaceAddress)) and "rx" in mode:
+        found["promiscuous"] = options.promiscuous
+    if isinstance(device, address.FileAddress) and mode == "rx" and hasattr(options, "preload"):
+        found.update({name: getattr(options, name) for name in ("speed", "pps", "gbps", "preload")})
+        if options.loops != 1:
+            return {**{name: value for name, value in found.items() if value}, "loops": options.loops}
+    return {name: value for name, value in found.items() if value}
+
+
+def _cluster(devices: list[address.DeviceAddress], options: argparse.Namespace, queues: int) -> Any:
     named = sorted({d.cluster for d in devices if isinstance(d, address.QueueAddress)})
     if len(named) > 1:
         raise Usage(
@@ -147,9 +221,27 @@ def _cluster(devices: list[address.DeviceAddress], options: argparse.Namespace) 
     from ringbar import Cluster
 
     wanted = named[0] if named else options.cluster
+    if queues:
+        slots = options.slots or SLOTS
+        need = queues * (slots + 2 * BURST) + SPARE
+        made = Cluster.create(wanted, buffers=max(65536, 1 << (need - 1).bit_length()), label="a tool")
+        try:
+            for number in range(queues):
+                made.create_queue(number, slots=slots)
+        except BaseException:
+            made.close()
+            raise
+        return made
     if wanted is not None:
         return Cluster.attach(wanted)
-    for number in range(65535, 65535 - 256, -1):  # for this tool alone, so any number will do
+    return own_cluster()
+
+
+def own_cluster() -> Any:
+    """A cluster for this tool alone, so any number will do."""
+    from ringbar import Cluster
+
+    for number in range(65535, 65535 - 256, -1):
         try:
             return Cluster.create(number, label="a tool")
         except Busy:
@@ -161,7 +253,7 @@ def _cluster(devices: list[address.DeviceAddress], options: argparse.Namespace) 
 
 
 def _check_taken(interface: str, options: argparse.Namespace) -> None:
-    if options.take_all:
+    if options.take_all or options.steer is not None:
         return
     for needed, why in (
         (default_routes(), "carries the default route"),
@@ -171,7 +263,7 @@ def _check_taken(interface: str, options: argparse.Namespace) -> None:
             raise Error(
                 f"{interface} {why}, which would be cut",
                 code="nic-in-use",
-                cure="another NIC, or --take-all",
+                cure="another NIC, --steer 'not port 22', or --take-all",
             )
 
 
@@ -218,49 +310,25 @@ def session_interfaces() -> set[str]:
 
 
 @contextlib.contextmanager
-def interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """:data:`ENDING` call ``stop`` instead of ending the program, so that a summary follows."""
-
-    def handler(number: int, frame: object) -> None:
-        stop()
-
-    before = {number: signal.signal(number, handler) for number in ENDING}
+def signals_wait() -> Iterator[None]:
+    """:data:`ENDING` wait for :func:`ticks`: a tool that has said that it runs always ends with its summary."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:
-        for number, action in before.items():
-            signal.signal(number, action)
-
-
-def ticks(limit: float | None) -> Iterator[None]:
-    """Every :data:`TICK` seconds, until ``limit`` seconds have gone (None: no limit), or a signal of :data:`ENDING`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    deadline = None if limit is None else time.monotonic() + limit
-    try:
-        while True:
-            left = TICK if deadline is None else min(TICK, deadline - time.monotonic())
-            if left <= 0 or signal.sigtimedwait(ENDING, left) is not None:
-                return
-            yield
-    finally:
+        while signal.sigtimedwait(ENDING, 0) is not None:  # the same wish, twice
+            pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def bursts(rx: Any, packets: int | None, limit: float | None, most: int) -> Iterator[Any]:
-    """Bursts from ``rx`` until so many packets came, so many seconds have gone, or it is stopped.
+def ticks(limit: float | None) -> Iterator[None]:
+    """Every :data:`TICK` seconds, until ``limit`` seconds have gone (None: no limit), or a signal of :data:`ENDING`.
 
-    An empty one comes now and then while nothing is received. The caller releases them.
+    Only within :func:`signals_wait`.
     """
     deadline = None if limit is None else time.monotonic() + limit
-    left = packets
-    while left is None or left > 0:
-        wait = TICK if deadline is None else min(TICK, deadline - time.monotonic())
-        if wait <= 0:
+    while True:
+        left = TICK if deadline is None else min(TICK, deadline - time.monotonic())
+        if left <= 0 or signal.sigtimedwait(ENDING, left) is not None:
             return
-        try:
-            burst = rx.recv(most if left is None else min(most, left), timeout=wait)
-        except EOFError:
-            return
-        if left is not None:
-            left -= len(burst)
-        yield burst
+        yield
