@@ -37,6 +37,9 @@ struct bench {
     struct rb_ring ring, back;
 };
 
+/* The default credit circulates. */
+static uint32_t credit_of(uint32_t slots) { return RB_MIN(slots + 2 * RB_BURST, POOL - 1); }
+
 static void pin(int core)
 {
     cpu_set_t set;
@@ -51,8 +54,8 @@ static inline void wait_a_little(uint32_t pauses)
     while (pauses--)
         rb_pause();
 }
-#define LOOK_AGAIN_EMPTY 128u
-#define LOOK_AGAIN_FULL 32u
+#define LOOK_AGAIN_EMPTY 32u
+#define LOOK_AGAIN_FULL 16u
 
 static inline void write_packet(uint8_t *p, uint32_t touch, uint64_t v)
 {
@@ -94,49 +97,39 @@ static inline __attribute__((always_inline)) void disarm(struct rb_book_record *
 /* What came back, at most four bursts: checked against the ledger and pushed. Returns the new height of the stack. */
 static inline __attribute__((always_inline)) uint32_t take(struct bench *b, struct rb_ring *r, uint32_t *stack, uint32_t top, const int level)
 {
-    uint32_t handle[4 * RB_MAX_BURST], n = RB_MIN(rb_ring_returned(r, 1), 4 * b->o.burst), bad = 0;
-    n = RB_MIN(n, RB_MAX_BURST);
+    uint32_t copy[RB_MAX_BURST], *handle = level >= 2 ? b->book->handles : level ? copy : stack + top;
+    const uint32_t n = RB_MIN(RB_MIN(rb_ring_returned(r, 1), 4 * b->o.burst), RB_MAX_BURST), rc = r->rc;
+    rb_a64 *ledger = b->ledger;
+    uint32_t good = 0;
     if (!n)
         return top;
-    for (uint32_t i = 0; i < n; i++) {
-        handle[i] = r->returned[(r->rc + i) & r->rmask];
-        if ((i & 15) == 0)
-            __builtin_prefetch(&r->returned[(r->rc + 2 * RB_BURST + i) & r->rmask], 0);
+    rb_ring_take(r, handle, n);
+    if (level >= 2)
+        arm(b->book, RB_OP_TAKE, n, rc);
+    for (; good < n && level; good++) {
+        uint32_t h = handle[good];
+        if (__builtin_expect(h >= POOL, 0) || __builtin_expect(rb_get(&ledger[h]) != RB_WORD(RB_W_LENT, 0), 0))
+            break;
+        rb_set(&ledger[h], RB_WORD(RB_W_HOME, 0));
+        stack[top + good] = h;
     }
-    if (level >= 2) {
-        memcpy(b->book->handles, handle, n * 4);
-        arm(b->book, RB_OP_TAKE, n, r->rc);
-    }
-    rb_a64 *ledger = b->ledger;
-    for (uint32_t i = 0; i < n; i++) {
-        uint32_t h = handle[i];
-        if (level >= 1) {
-            if (h >= POOL || rb_get(&ledger[h]) != RB_WORD(RB_W_LENT, 0)) {
-                bad++;
-                continue;
-            }
-            rb_set(&ledger[h], RB_WORD(RB_W_HOME, 0));
-        }
-        stack[top++] = h;
-    }
-    r->rc += n;
     if (level >= 2)
         commit(&b->committed[RB_IX_RC], r->rc);
     rb_store_release(&r->ctl->rc, r->rc);
     if (level >= 2)
         disarm(b->book);
-    if (bad)
-        rb_set(&b->s->failed, rb_get(&b->s->failed) + bad);
-    return top;
+    if (level && good < n) /* nobody here returns what it was not lent */
+        rb_set(&b->s->failed, rb_get(&b->s->failed) + n - good);
+    return top + n;
 }
 
 static inline __attribute__((always_inline)) uint64_t produce(struct bench *b, const uint32_t burst, const uint32_t touch, const int level)
 {
-    uint32_t stack[POOL + RB_MAX_BURST], top = 0, handle[RB_MAX_BURST];
+    uint32_t stack[POOL + RB_MAX_BURST], top = 0;
     uint64_t number = 0;
     struct rb_ring r = b->ring;
     uint64_t sent = 0, until = 0;
-    for (uint32_t i = RB_MIN(b->o.slots + 2 * RB_BURST, POOL - 1); i >= 1; i--) /* the default credit circulates */
+    for (uint32_t i = credit_of(b->o.slots); i >= 1; i--)
         stack[top++] = i;
     for (uint32_t turn = 0;; turn++) {
         if ((turn & 255) == 0) {
@@ -153,21 +146,18 @@ static inline __attribute__((always_inline)) uint64_t produce(struct bench *b, c
             continue;
         }
         top -= burst;
-        if (touch)
-            for (uint32_t i = 0; i < burst; i++)
-                rb_prefetch_write(b->pool + (uint64_t)stack[top + i] * BUFFER + 64);
-        for (uint32_t i = 0; i < burst; i++) {
-            handle[i] = stack[top + i];
-            if (touch)
-                write_packet(b->pool + (uint64_t)handle[i] * BUFFER + 64, touch, number + i);
-        }
+        const uint32_t *handle = stack + top;
+        for (uint32_t i = 0; i < burst && touch; i++)
+            rb_prefetch_write(b->pool + (uint64_t)handle[i] * BUFFER + 64);
+        for (uint32_t i = 0; i < burst && touch; i++)
+            write_packet(b->pool + (uint64_t)handle[i] * BUFFER + 64, touch, number + i);
         if (level >= 2) {
-            for (uint32_t i = 0; i < burst; i++)
-                b->book->handles[i] = handle[i];
+            memcpy(b->book->handles, handle, burst * sizeof *handle);
             arm(b->book, RB_OP_LEND, burst, r.p);
         }
         if (level >= 1) {
             rb_a64 *ledger = b->ledger;
+#pragma GCC unroll 4
             for (uint32_t i = 0; i < burst; i++)
                 rb_set(&ledger[handle[i]], RB_WORD(RB_W_LENT, 0));
         }
@@ -199,12 +189,26 @@ static inline __attribute__((always_inline)) void produce_at(struct bench *b, co
     }
 }
 
+static inline __attribute__((always_inline)) uint64_t consume_some(struct bench *b, struct rb_ring *r, uint64_t number, const uint32_t n, const uint32_t touch)
+{
+    rb_desc desc[RB_MAX_BURST];
+    rb_ring_read(r, desc, n);
+    rb_ring_consumed(r);
+    uint64_t failed = (desc[0].ts != number) + (desc[n - 1].ts != number + n - 1);
+    for (uint32_t i = 0; i < n && touch; i++) /* all at once: the misses overlap */
+        __builtin_prefetch(b->pool + (uint64_t)desc[i].handle * BUFFER + 64);
+    for (uint32_t i = 0; i < n && touch; i++)
+        failed += read_packet(b->pool + (uint64_t)desc[i].handle * BUFFER + 64, touch) != (number + i) * (touch / 64);
+    rb_ring_give(r, desc, n);
+    rb_ring_gave(r);
+    return failed;
+}
+
 static inline __attribute__((always_inline)) void consume(struct bench *b, const uint32_t burst, const uint32_t touch)
 {
     struct rb_ring r = b->ring;
     struct shared *s = b->s;
-    rb_desc desc[RB_MAX_BURST];
-    uint64_t number = 0, got = 0, failed = 0;
+    uint64_t got = 0, failed = 0;
     for (;;) {
         uint32_t n = RB_MIN(rb_ring_ready(&r, burst), burst);
         if (!n) {
@@ -213,17 +217,7 @@ static inline __attribute__((always_inline)) void consume(struct bench *b, const
             wait_a_little(LOOK_AGAIN_EMPTY);
             continue;
         }
-        rb_ring_read(&r, desc, n);
-        rb_ring_consumed(&r);
-        failed += (desc[0].ts != number) + (desc[n - 1].ts != number + n - 1);
-        if (touch) /* all at once: the misses overlap */
-            for (uint32_t i = 0; i < n; i++)
-                __builtin_prefetch(b->pool + (uint64_t)desc[i].handle * BUFFER + 64);
-        for (uint32_t i = 0; i < n && touch; i++)
-            failed += read_packet(b->pool + (uint64_t)desc[i].handle * BUFFER + 64, touch) != (number + i) * (touch / 64);
-        number += n;
-        rb_ring_give(&r, desc, n);
-        rb_ring_gave(&r);
+        failed += n == burst ? consume_some(b, &r, got, burst, touch) : consume_some(b, &r, got, n, touch);
         got += n;
     }
     rb_set(&s->failed, rb_get(&s->failed) + failed);
@@ -405,8 +399,8 @@ static void ring_at(struct rb_ring *r, uint8_t *at, uint32_t slots)
     r->slots = slots;
     r->mask = slots - 1;
     r->returned = (uint32_t *)(at + 4096 + 16ull * slots);
-    r->returns = POOL;
-    r->rmask = POOL - 1;
+    r->returns = (uint32_t)rb_pow2(credit_of(slots));
+    r->rmask = r->returns - 1;
 }
 
 static int memory_of(struct bench *b)

@@ -311,26 +311,30 @@ uint32_t rb_server_take_some(struct rb_server *s, struct rb_leg_ctx *l, uint32_t
 {
     const uint64_t lent_word = RB_WORD(RB_W_LENT, l->number), home_word = RB_WORD(RB_W_HOME, 0), shared_word = RB_WORD(RB_W_SHARED, 0);
     const uint64_t bit = l->bit, sub_word = RB_WORD_SUB(RB_W_LENT, l->number, 0), sub_mask = RB_WORD_SUB(3, 0xffff, 0);
-    const uint32_t count = s->c->pool_count[0], mask = l->ring.rmask, rc = l->ring.rc;
-    const uint32_t *returned = l->ring.returned, *where = s->c->where;
+    const uint32_t count = s->c->pool_count[0], rc = l->ring.rc, *where = s->c->where;
     struct giver to = {0};
     uint32_t n = rb_ring_returned(&l->ring, 1), *handle = s->rec->handles;
     rb_a64 *ledger = s->ledger, *masks = s->masks;
     n = n == RB_RING_FAULT ? rb_odd(l) : RB_MIN(RB_MIN(n, most), RB_MAX_BURST);
     if (!n)
         return 0;
-    for (uint32_t i = 0; i < n; i++) { /* a private copy: the peer can change nothing of it any more */
-        handle[i] = *(const volatile uint32_t *)&returned[(rc + i) & mask];
-        if ((i & 15) == 0) /* once a line */
-            __builtin_prefetch(&returned[(rc + i + 2 * RB_BURST) & mask], 0);
-    }
+    rb_ring_take(&l->ring, handle, n);
     rb_arm(s->rec, RB_OP_TAKE, l->number, n, rc);
     uint32_t *top = s->stack + s->free, odd[RB_MAX_BURST], odds = 0, shared = 0;
     const uint64_t first = handle[0] - 1 < count - 1 ? rb_get(&ledger[handle[0]]) : 0;
     const uint64_t sub = (first & sub_mask) == sub_word && !RB_WORD_LEVEL0(first) ? first : 0; /* what was borrowed where the first was */
     if (sub)
         give_to(s, &to, RB_WORD_ORIGIN(sub));
-    for (uint32_t i = 0; i < n; i++) { /* what is not as usual later: a call in the loop would cost its registers */
+    uint32_t i = 0;
+    for (; i < n; i++) { /* the usual case: it was lent here, and is at home now */
+        uint32_t h = handle[i];
+        if (__builtin_expect(h - 1 >= count - 1, 0) || __builtin_expect(rb_get(&ledger[h]) != lent_word, 0))
+            break;
+        rb_set(&ledger[h], home_word);
+        top[i] = h;
+    }
+    top += i;
+    for (; i < n; i++) { /* what is not as usual later: a call in the loop would cost its registers */
         uint32_t h = handle[i];
         if (__builtin_expect(h - 1 >= count - 1, 0)) {
             odd[odds++] = h;
@@ -382,7 +386,6 @@ uint32_t rb_server_take_some(struct rb_server *s, struct rb_leg_ctx *l, uint32_t
     }
     l->lent -= given;
     gave(&to);
-    l->ring.rc = rc + n;
     rb_order();
     rb_set(&l->rec->committed[RB_IX_RC], l->ring.rc);
     rb_order();

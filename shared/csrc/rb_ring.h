@@ -63,7 +63,7 @@ static inline void rb_prefetch_write(const void *p)
 #endif
 }
 
-#define RB_AHEAD 32u /* slots: 512 bytes */
+#define RB_AHEAD 128u /* slots: 2 KiB. Cores that exchange a line in 25 ns gain from it, those that need 150 ns lose nothing. */
 
 static inline void rb_ring_ahead_write(const struct rb_ring *r, uint32_t n)
 {
@@ -72,12 +72,13 @@ static inline void rb_ring_ahead_write(const struct rb_ring *r, uint32_t n)
             rb_prefetch_write(&r->forward[(r->p + RB_AHEAD + i) & r->mask]);
 }
 
-/* One 16-byte slot. Callers pass values, not a descriptor in memory: a load wider than the stores that just made it would wait until those
- * have left the store buffer, behind all slots of the last burst. */
+/* A slot in one store: two of half the size fill the store buffer twice as fast while lines are under way. Whoever has just made the values passes
+ * them and not a descriptor in memory: a load wider than the stores that made it would wait until those have left the store buffer. */
+typedef uint64_t rb_words __attribute__((vector_size(16), aligned(4), may_alias));
+
 static inline void rb_ring_put(struct rb_ring *r, uint32_t i, uint32_t handle, uint32_t word, uint64_t ts)
 {
-    uint64_t pair[2] = {handle | (uint64_t)word << 32, ts};
-    memcpy(&r->forward[(r->p + i) & r->mask], pair, sizeof pair);
+    *(rb_words *)&r->forward[(r->p + i) & r->mask] = (rb_words){handle | (uint64_t)word << 32, ts};
 }
 
 static inline void rb_ring_write(struct rb_ring *r, const rb_desc *desc, uint32_t n)
@@ -93,13 +94,8 @@ static inline void rb_ring_read(struct rb_ring *r, rb_desc *desc, uint32_t n)
 {
     for (uint32_t i = RB_AHEAD; i < RB_AHEAD + n && i < r->p - r->c; i += 4)
         __builtin_prefetch(&r->forward[(r->c + i) & r->mask], 0);
-    uint32_t at = r->c & r->mask, first = r->slots - at;
-    if (n <= first)
-        memcpy(desc, &r->forward[at], n * sizeof *desc);
-    else {
-        memcpy(desc, &r->forward[at], first * sizeof *desc);
-        memcpy(desc + first, &r->forward[0], (n - first) * sizeof *desc);
-    }
+    for (uint32_t i = 0; i < n; i++)
+        *(rb_words *)&desc[i] = *(const rb_words *)&r->forward[(r->c + i) & r->mask];
     r->c += n;
 }
 static inline void rb_ring_consumed(struct rb_ring *r) { rb_store_release(&r->ctl->c, r->c); }
@@ -107,13 +103,16 @@ static inline void rb_ring_consumed(struct rb_ring *r) { rb_store_release(&r->ct
 /* Handles back; there is room for all that can be lent. Not yet published: rb_ring_gave. */
 static inline void rb_ring_give(struct rb_ring *r, const rb_desc *desc, uint32_t n)
 {
-    const uint32_t at = r->rp, mask = r->rmask;
-    uint32_t *returned = r->returned;
-    rb_prefetch_write(&returned[(at + n + 16) & mask]);
-    rb_prefetch_write(&returned[(at + n + 32) & mask]);
-    for (uint32_t i = 0; i < n; i++)
-        returned[(at + i) & mask] = desc[i].handle;
-    r->rp = at + n;
+    const uint32_t p = r->rp, at = p & r->rmask;
+    uint32_t *returned = r->returned, i = 0;
+    rb_prefetch_write(&returned[(p + n + 16) & r->rmask]);
+    rb_prefetch_write(&returned[(p + n + 32) & r->rmask]);
+    for (; i + 4 <= n && at + n <= r->returns; i += 4)
+        *(rb_words *)&returned[at + i] =
+            (rb_words){desc[i].handle | (uint64_t)desc[i + 1].handle << 32, desc[i + 2].handle | (uint64_t)desc[i + 3].handle << 32};
+    for (; i < n; i++)
+        returned[(at + i) & r->rmask] = desc[i].handle;
+    r->rp = p + n;
 }
 static inline void rb_ring_gave(struct rb_ring *r) { rb_store_release(&r->ctl->rp, r->rp); }
 
@@ -127,6 +126,21 @@ static inline uint32_t rb_ring_returned(struct rb_ring *r, uint32_t want)
         r->rp = rp;
     }
     return r->rp - r->rc;
+}
+
+/* Copies n handles that rb_ring_returned has counted: a private copy, of which the peer can change nothing any more. Not yet published. */
+static inline void rb_ring_take(struct rb_ring *r, uint32_t *handle, uint32_t n)
+{
+    const uint32_t at = r->rc & r->rmask;
+    uint32_t i;
+    for (i = n; i < 2 * n && i < r->rp - r->rc; i += 16) /* the next lines, if they are written */
+        __builtin_prefetch(&r->returned[(r->rc + i) & r->rmask], 0);
+    for (i = 0; i + 4 <= n && at + n <= r->returns; i += 4)
+        *(rb_words *)&handle[i] = *(const rb_words *)&r->returned[at + i];
+    for (; i < n; i++)
+        handle[i] = r->returned[(at + i) & r->rmask];
+    rb_order(); /* or the compiler might read them again */
+    r->rc += n;
 }
 
 #endif
