@@ -35,7 +35,9 @@ static rb_end *end_of(rb_cluster *cluster, uint32_t queue, uint32_t flags)
 
 #ifdef __x86_64__
 #include <x86intrin.h>
+#define pause_cpu _mm_pause
 #else
+static inline void pause_cpu(void) { __asm__ volatile("isb"); }
 static inline uint64_t __rdtsc(void)
 {
     uint64_t t;
@@ -122,6 +124,8 @@ int main(int argc, char **argv)
         uint64_t from_ns = now_ns();
         ok(rb_worker_pause(worker, 0), "go on");
         do {
+            for (int i = 0; i < 64; i++) /* each look takes lines away from the worker */
+                pause_cpu();
             rb_service(source);
             ok(rb_worker_stats_get(worker, &after), "counters");
             if (now_ns() - from_ns > 10000000000u)

@@ -31,6 +31,8 @@ BUFFERS = 65536
 OUTPUTS = (2, 4, 8, 16, 32, 64)
 POOLS = (4096, 65536, 1048576)
 FANNED = 8
+SLOTS = 4096
+"""Of each output of the fan-out (balance.c), and of the bare ring it is compared to: a larger ring has more lines to move."""
 DPDK_SECONDS = 90.0
 """On two idle cores the distributor's test takes some seconds."""
 
@@ -151,7 +153,7 @@ def _fanout(bench: Bench, runs: int, progress: Callable[[str], None]) -> Row:
         """The best of short runs: others use the two cores too, and the cheapest descriptor is the hardest measure."""
         found = (
             native.bench_ring(
-                processes=False, burst=bench.burst, touch=0, slots=1024, level=0, seconds=0.01, cores=bench.cores
+                processes=False, burst=bench.burst, touch=0, slots=SLOTS, level=0, seconds=0.01, cores=bench.cores
             )
             for _ in range(10)
         )

@@ -141,9 +141,9 @@ static inline __attribute__((always_inline)) void lend_burst(struct rb_fan *f, c
         {
             struct output *o = &f->out[b];
             struct rb_ring *r = &o->l->ring;
-            uint32_t at = r->p & r->mask, part = RB_MIN(n, r->slots - at);
-            memcpy(&r->forward[at], slot, part * sizeof *slot);
-            memcpy(r->forward, slot + part, (n - part) * sizeof *slot);
+            rb_ring_ahead_write(r, n);
+            for (uint32_t i = 0; i < n; i++)
+                *(rb_words *)&r->forward[(r->p + i) & r->mask] = *(const rb_words *)&slot[i];
             o->put = n;
             o->shares = any & (any - 1) || (it && it->prior) ? n : 0;
             o->bytes = bytes;

@@ -323,8 +323,8 @@ uint32_t rb_server_take_some(struct rb_server *s, struct rb_leg_ctx *l, uint32_t
     uint32_t *top = s->stack + s->free, odd[RB_MAX_BURST], odds = 0, shared = 0;
     const uint64_t first = handle[0] - 1 < count - 1 ? rb_get(&ledger[handle[0]]) : 0;
     const uint64_t sub = (first & sub_mask) == sub_word && !RB_WORD_LEVEL0(first) ? first : 0; /* what was borrowed where the first was */
-    if (sub)
-        give_to(s, &to, RB_WORD_ORIGIN(sub));
+    if (sub || RB_WORD_SUBKIND(first) == RB_SUB_SHARED)
+        give_to(s, &to, RB_WORD_ORIGIN(first));
     uint32_t i = 0;
     for (; i < n; i++) { /* the usual case: it was lent here, and is at home now */
         uint32_t h = handle[i];
@@ -334,6 +334,29 @@ uint32_t rb_server_take_some(struct rb_server *s, struct rb_leg_ctx *l, uint32_t
         top[i] = h;
     }
     top += i;
+    const uint32_t fanned = i;
+    for (; i < n && (first == shared_word || RB_WORD_SUBKIND(first) == RB_SUB_SHARED); i++) { /* the same for what others had as well */
+        uint32_t h = handle[i];
+        if (__builtin_expect(h - 1 >= count - 1, 0) || __builtin_expect(rb_get(&ledger[h]) != first, 0))
+            break;
+        uint64_t having = rb_get(&masks[h]), rest = having & ~bit;
+        if (rest == having)
+            break;
+        if (rest) {
+            rb_set(&masks[h], rest);
+            continue;
+        }
+        if (where[h] & RB_HAND || (first != shared_word && !to.end))
+            break;
+        if (first == shared_word) {
+            rb_set(&ledger[h], home_word);
+            *top++ = h;
+        } else {
+            rb_set(&ledger[h], RB_WORD_LEVEL0(first));
+            to.returned[to.rp++ & to.mask] = h;
+        }
+    }
+    shared += i - fanned;
     for (; i < n; i++) { /* what is not as usual later: a call in the loop would cost its registers */
         uint32_t h = handle[i];
         if (__builtin_expect(h - 1 >= count - 1, 0)) {
@@ -341,7 +364,7 @@ uint32_t rb_server_take_some(struct rb_server *s, struct rb_leg_ctx *l, uint32_t
             continue;
         }
         uint64_t w = rb_get(&ledger[h]), having;
-        if (w == sub && to.end) {
+        if (sub && w == sub && to.end) {
             rb_set(&ledger[h], 0);
             if ((to.rp & 15) == 0) /* the peer read that line last */
                 rb_prefetch_write(&to.returned[(to.rp + 2 * RB_BURST) & to.mask]);
