@@ -32,7 +32,7 @@ OUTPUTS = (2, 4, 8, 16, 32, 64)
 POOLS = (4096, 65536, 1048576)
 FANNED = 8
 SLOTS = 4096
-"""Of each output of the fan-out (balance.c), and of the bare ring it is compared to: a larger ring has more lines to move."""
+"""Of each output of the fan-out (balance.c), and of the bare ring it is compared to: larger rings cost more."""
 DPDK_SECONDS = 90.0
 """On two idle cores the distributor's test takes some seconds."""
 

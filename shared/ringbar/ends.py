@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from . import _c
 from ._c import NULL, ffi, lib
 from .burst import Burst
-from .end import _SLICE_MS, End, Ended
+from .end import End, Ended
 from .errors import Detached, Error
 
 __all__ = ["End", "Rx", "RxTx", "Tx"]
@@ -21,7 +20,6 @@ _MAX_BURST = 65536  # of one call
 
 #: A server that is only busy answers a new session much sooner, seconds: on a host, in a VM.
 _ANSWER = (1.0, 5.0)
-_SLEEP_MOST = 0.001  # seconds, of asyncio's polling
 _PAUSE = 0.0001  # seconds, between two looks for buffers or credit, which C cannot wait for
 
 _new = ffi.new
@@ -29,22 +27,6 @@ _next = lib.rbpy_next
 _DESCRIPTORS = _c.DESCRIPTORS
 
 _NOTHING = object()
-
-
-async def _readable(fd: int) -> None:
-    """Wait until a descriptor is readable."""
-    loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-
-    def ready() -> None:
-        if not readable.done():
-            readable.set_result(None)
-
-    loop.add_reader(fd, ready)
-    try:
-        await readable
-    finally:
-        loop.remove_reader(fd)
 
 
 def _deadline(timeout: float | None) -> float | None:
@@ -184,7 +166,9 @@ class Rx(End):
 
         A cancelled loop loses nothing: no packet is taken before it can be handed out.
         """
-        return _AsyncBursts(self)
+        from .async_bursts import AsyncBursts  # here: asyncio costs every command that only looks 20 ms
+
+        return AsyncBursts(self)
 
     @property
     def clock(self) -> int:
@@ -194,47 +178,6 @@ class Rx(End):
         as the VM's time service keeps it (``chrony`` with ``ptp_kvm``: microseconds).
         """
         return time.time_ns()
-
-
-class _AsyncBursts(AsyncIterator[Burst]):
-    """``async for burst in rx``."""
-
-    def __init__(self, rx: Rx) -> None:
-        self._rx = rx
-        self._burst: Burst | None = None
-
-    async def __anext__(self) -> Burst:
-        rx = self._rx
-        if self._burst is not None:
-            await asyncio.sleep(0)  # others' turn, however fast packets come
-        previous, self._burst = self._burst, None
-        desc = _new(_DESCRIPTORS, BURST)
-        tries, delay, fd = 0, 0.0, -1
-        while True:
-            try:
-                got = rx._take(desc, BURST, previous, 0)
-                if got:
-                    # Nothing is awaited between taking packets and handing them out: a cancelled loop loses none.
-                    self._burst = Burst(rx, desc, got)
-                    return self._burst
-                if fd < 0:
-                    rx._serve()
-            except Ended:
-                raise StopAsyncIteration from None
-            except BaseException:
-                rx._give_up(desc, BURST)
-                raise
-            previous = None
-            if fd >= 0:
-                await _readable(fd)  # taking nothing has set the bell
-                continue
-            tries += 1
-            if tries > 32:
-                if rx._slice > _SLICE_MS:  # the other side rings
-                    fd = rx.fileno()
-                    continue
-                delay = min(max(2 * delay, 20e-6), _SLEEP_MOST)
-            await asyncio.sleep(delay)
 
 
 class Tx(End):
