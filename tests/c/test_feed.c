@@ -12,7 +12,7 @@ static rb_cluster *host, *guest;
 static rb_end *grx;
 static int lane;
 static struct shared {
-    _Atomic uint32_t ready, hold, stop, sent;
+    _Atomic uint32_t ready, hold, stop, sent, forked;
 } *shared;
 
 /* Queue 0 goes to the VM, the VM sends on queue 1. */
@@ -45,6 +45,20 @@ static pid_t child(void)
     return pid;
 }
 
+/* A forked copy of a process may use nothing of its parent's, and must not move anything either while it is told so. */
+static void refused_in_a_fork(rb_cluster *c, rb_end *rx)
+{
+    pid_t pid = child();
+    if (!pid) {
+        rb_desc d[64];
+        for (int i = 0; i < 3; i++)
+            CHECK(rb_recv(rx, d, 64, 0) < 0 && rb_service(c) < 0);
+        _exit(0);
+    }
+    must_exit_well(pid);
+    atomic_store(&shared->forked, 3);
+}
+
 /* A process that receives on queue 1 until it is told to stop, and stands still while `hold` is set. */
 static pid_t start_server(void)
 {
@@ -59,8 +73,12 @@ static pid_t start_server(void)
     atomic_store(&shared->ready, 1);
     while (!atomic_load(&shared->stop)) {
         uint32_t asked = 1;
-        if (atomic_compare_exchange_strong(&shared->hold, &asked, 2) || asked == 2)
+        if (atomic_compare_exchange_strong(&shared->hold, &asked, 2) || asked == 2) {
+            uint32_t now = 1;
+            if (atomic_compare_exchange_strong(&shared->forked, &now, 2))
+                refused_in_a_fork(c, rx);
             continue;
+        }
         int n = rb_recv(rx, d, 64, 1);
         if (n == -ENODEV) { /* the VM has gone: it stays, and has nothing to do */
             OK(rb_service(c));
@@ -193,6 +211,31 @@ static void a_slow_vm_slows_its_sender_and_loses_nothing(void)
     rb_queue_info info;
     OK(rb_queue_get_info(host, 0, &info));
     CHECK(n >= 256 && n < 3000 && info.drops[RB_DROP_FULL] == 0);
+    vm_takes_until(&next, n, host);
+    rb_close(tx);
+    stop_server(pid);
+    finish();
+}
+
+static void a_forked_copy_of_the_server_moves_nothing(void)
+{
+    uint64_t n = 0, next = 0;
+    begin();
+    pid_t pid = start_server();
+    rb_end *tx = open_end(host, 0, RB_TX);
+    CHECK(send_packets(tx, 32, &n) == 32);
+    vm_takes_until(&next, 32, host); /* the server knows of the hop by now */
+    hold(1);
+    CHECK(send_packets(tx, 200, &n) == 200);
+    vm_takes(&next, 1); /* what it had begun */
+    uint64_t had = next;
+    atomic_store(&shared->forked, 1);
+    for (int i = 0; i < 20000 && atomic_load(&shared->forked) != 3; i++)
+        nanosleep(&(struct timespec){.tv_nsec = 500000}, NULL);
+    CHECK(atomic_load(&shared->forked) == 3);
+    vm_takes(&next, 1);
+    CHECK(next == had);
+    hold(0);
     vm_takes_until(&next, n, host);
     rb_close(tx);
     stop_server(pid);
@@ -453,6 +496,7 @@ int main(void)
     shared = shared_memory(sizeof *shared);
     RUN(packets_reach_a_vm_that_another_process_serves);
     RUN(a_slow_vm_slows_its_sender_and_loses_nothing);
+    RUN(a_forked_copy_of_the_server_moves_nothing);
     RUN(what_was_sent_before_the_sender_closed_arrives);
     RUN(a_killed_sender_loses_nothing_that_it_sent);
     RUN(the_sender_takes_the_place_of_a_server_that_goes);
