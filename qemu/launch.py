@@ -379,11 +379,12 @@ class Guest:
 
     # ---- ends ----------------------------------------------------------------------------------------------------
 
-    def reboot(self, *, hard: bool = False, timeout: float = 60.0) -> None:
+    def reboot(self, *, hard: bool = False, crash: bool = False, timeout: float = 60.0) -> None:
         """Reboot and wait until it is up again.
 
         :param hard: press the reset button instead of asking the guest; once more when nothing came of it. Under TCG
             one reset of some hundred has left a guest before its kernel's first line; standard error says where.
+        :param crash: its kernel panics, and by ``panic=-1`` starts anew.
         """
         self.wait_up(timeout)
         boots = self._boots
@@ -397,9 +398,14 @@ class Guest:
                 where = self._execute("human-monitor-command", {"command-line": "info registers"})
                 print(f"{error}; the reset button is pressed again. Its processor was at:\n{where}", file=sys.stderr)
                 self._execute("system_reset")
+                self._wait_boot(boots + 1, timeout)
         else:
-            self.ssh("reboot", check=False)
-        self._wait_boot(boots + 1, timeout)
+            line = "echo c > /proc/sysrq-trigger" if crash else "reboot"
+            with self.popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as command:
+                try:
+                    self._wait_boot(boots + 1, timeout)
+                finally:
+                    command.kill()  # its connection ended with the kernel that it was to
         self.wait_up(timeout)
 
     def kill(self) -> None:

@@ -127,6 +127,10 @@ static int adopt(struct rb_worker *w, const rb_plan *given)
     }
     w->idle = plan.idle;
     w->idle_user = plan.idle_user;
+    if (policy.sessions && old_policy.sessions) { /* what it has learnt it still knows */
+        w->policy.sessions = old_policy.sessions;
+        old_policy.sessions = policy.sessions;
+    }
     rb_policy_close(&old_policy);
     free(old_in);
     free(old_out);

@@ -14,14 +14,8 @@
 
 /* ---- the hash ---------------------------------------------------------------------------------------------------------- */
 
-#define SEED 0x9e3779b97f4a7c15ull
 #define LAST 0xd6e8feb86659fd93ull
 
-static inline uint64_t mix(uint64_t h, uint64_t word)
-{
-    h = (h ^ word) * SEED;
-    return h ^ h >> 32;
-}
 static inline uint32_t finish(uint64_t h) { return (uint32_t)(h * LAST >> 32); }
 
 /* Without a jump, which half of all packets would take. */
@@ -31,7 +25,7 @@ static inline uint64_t larger(uint64_t a, uint64_t b) { return a ^ ((a ^ b) & -(
 /* IPv4: each end is address << 16 | port; the smaller end first, the protocol above it. */
 static inline uint32_t hash_v4(uint64_t a, uint64_t b, uint64_t protocol)
 {
-    return finish(mix(mix(SEED, smaller(a, b) | protocol << 48), larger(a, b)));
+    return finish(rb_mix(rb_mix(RB_SEED, smaller(a, b) | protocol << 48), larger(a, b)));
 }
 
 /* ---- parsing ------------------------------------------------------------------------------------------------------------- */
@@ -52,6 +46,7 @@ struct key { /* what was found; a, b: the two ends */
     uint32_t payload;    /* where that of UDP, or of the protocol, begins; 0 = there is none, or it is a fragment */
     uint32_t vlan[2];
     uint64_t session;    /* GTP-C: what names its transaction; 0 = none */
+    bool whole;          /* and it names a session, by itself */
 };
 
 static inline uint32_t get16(const struct view *v, uint32_t at) { return (uint32_t)v->byte[at] << 8 | v->byte[at + 1]; }
@@ -154,7 +149,7 @@ static bool udp_to(const struct view *v, const struct key *k, uint32_t port)
     return k->kind >= IPV4 && k->protocol == 17 && k->payload && (k->a_port == port || k->b_port == port) && has(v, k->payload, 8);
 }
 
-static void gtp(const struct view *v, struct key *k)
+static void gtp(const struct view *v, struct key *k, struct rb_gtpc *sessions)
 {
     const uint32_t at = k->payload + 8;
     struct key inner = *k;
@@ -180,6 +175,10 @@ static void gtp(const struct view *v, struct key *k)
         if (ip(v, next, &inner))
             *k = inner;
     } else if (udp_to(v, k, 2123) && has(v, at, 8)) { /* GTP-C: a request and its answer have the same sequence number */
+        if (sessions && (k->session = rb_gtpc_session(sessions, k->a, k->b, v->byte + at, v->length - at)) != 0) {
+            k->whole = true;
+            return;
+        }
         uint32_t flags = v->byte[at], version = flags >> 5;
         if (version == 1 && flags & 2 && has(v, at, 10))
             k->session = 1ull << 32 | get16(v, at + 8);
@@ -225,26 +224,28 @@ static void vxlan(const struct view *v, struct key *k)
 
 static uint32_t hash_key(const struct key *k, bool addresses)
 {
-    uint64_t h = SEED, ap = addresses ? 0 : k->a_port, bp = addresses ? 0 : k->b_port, protocol = addresses ? 0 : k->protocol;
+    uint64_t h = RB_SEED, ap = addresses ? 0 : k->a_port, bp = addresses ? 0 : k->b_port, protocol = addresses ? 0 : k->protocol;
     if (k->kind == NOTHING)
         return 0;
+    if (k->whole)
+        return finish(k->session);
     if (k->kind == LINK) {
-        h = mix(mix(h, smaller(k->a[1], k->b[1])), larger(k->a[1], k->b[1]) | (uint64_t)k->protocol << 48);
+        h = rb_mix(rb_mix(h, smaller(k->a[1], k->b[1])), larger(k->a[1], k->b[1]) | (uint64_t)k->protocol << 48);
     } else if (k->kind == IPV4) {
         uint64_t a = k->a[1] << 16 | ap, b = k->b[1] << 16 | bp;
-        h = mix(mix(h, smaller(a, b) | protocol << 48), larger(a, b));
+        h = rb_mix(rb_mix(h, smaller(a, b) | protocol << 48), larger(a, b));
     } else {
         bool swap = k->a[0] != k->b[0] ? k->a[0] > k->b[0] : k->a[1] != k->b[1] ? k->a[1] > k->b[1] : ap > bp;
         const uint64_t *x = swap ? k->b : k->a, *y = swap ? k->a : k->b;
-        h = mix(mix(mix(mix(h, x[0]), x[1]), y[0]), y[1]);
-        h = mix(h, (swap ? bp : ap) << 16 | (swap ? ap : bp) | protocol << 32);
+        h = rb_mix(rb_mix(rb_mix(rb_mix(h, x[0]), x[1]), y[0]), y[1]);
+        h = rb_mix(h, (swap ? bp : ap) << 16 | (swap ? ap : bp) | protocol << 32);
     }
     if (k->session && !addresses)
-        h = mix(h, k->session);
+        h = rb_mix(h, k->session);
     return finish(h);
 }
 
-static __attribute__((noinline)) uint32_t hash_any(enum rb_policy_kind kind, bool addresses, const uint8_t *packet, uint32_t length)
+static __attribute__((noinline)) uint32_t hash_any(enum rb_policy_kind kind, bool addresses, struct rb_gtpc *sessions, const uint8_t *packet, uint32_t length)
 {
     struct view v;
     struct key k = {.kind = NOTHING};
@@ -255,9 +256,9 @@ static __attribute__((noinline)) uint32_t hash_any(enum rb_policy_kind kind, boo
     if (!ethernet(&v, 0, &k))
         return 0;
     if (kind == RB_BY_VLAN)
-        return finish(mix(SEED, k.vlan[0] | (uint64_t)k.vlan[1] << 16));
-    if (kind == RB_BY_GTP)
-        gtp(&v, &k);
+        return finish(rb_mix(RB_SEED, k.vlan[0] | (uint64_t)k.vlan[1] << 16));
+    if (kind == RB_BY_GTP || kind == RB_BY_GTP_SESSION)
+        gtp(&v, &k, sessions);
     else if (kind == RB_BY_GRE)
         gre(&v, &k);
     else if (kind == RB_BY_VXLAN)
@@ -290,7 +291,7 @@ static inline bool usual(const uint8_t *p, uint32_t length, uint64_t *a, uint64_
 
 uint32_t rb_policy_hash(const struct rb_policy *policy, const uint8_t *packet, uint32_t length)
 {
-    return hash_any(policy->kind, policy->addresses, packet, length);
+    return hash_any(policy->kind, policy->addresses, policy->sessions, packet, length);
 }
 
 void rb_policy_hashes(const struct rb_policy *policy, const uint8_t *const *packet, const rb_desc *desc, int n, uint32_t *hash)
@@ -301,14 +302,14 @@ void rb_policy_hashes(const struct rb_policy *policy, const uint8_t *const *pack
     if (kind == RB_BY_5TUPLE) {
         for (int i = 0; i < n; i++)
             hash[i] = usual(packet[i], rb_desc_length(&desc[i]), &a, &b, &protocol) ? hash_v4(a, b, protocol)
-                                                                                    : hash_any(kind, false, packet[i], rb_desc_length(&desc[i]));
+                                                                                    : hash_any(kind, false, NULL, packet[i], rb_desc_length(&desc[i]));
     } else if (kind == RB_BY_IP) {
         for (int i = 0; i < n; i++)
             hash[i] = usual(packet[i], rb_desc_length(&desc[i]), &a, &b, &protocol) ? hash_v4(a >> 16 << 16, b >> 16 << 16, 0)
-                                                                                    : hash_any(kind, true, packet[i], rb_desc_length(&desc[i]));
+                                                                                    : hash_any(kind, true, NULL, packet[i], rb_desc_length(&desc[i]));
     } else {
         for (int i = 0; i < n; i++)
-            hash[i] = hash_any(kind, addresses, packet[i], rb_desc_length(&desc[i]));
+            hash[i] = hash_any(kind, addresses, policy->sessions, packet[i], rb_desc_length(&desc[i]));
     }
 }
 
@@ -347,6 +348,7 @@ static const struct {
 } names[] = {
     {"rr", RB_BY_RR, false},      {"rr-burst", RB_BY_RR_BURST, false}, {"ip", RB_BY_IP, true},          {"5tuple", RB_BY_5TUPLE, false},
     {"gtp", RB_BY_GTP, false},    {"gtp-ip", RB_BY_GTP, true},         {"gre", RB_BY_GRE, false},       {"gre-ip", RB_BY_GRE, true},
+    {"gtp-session", RB_BY_GTP_SESSION, false},
     {"vxlan", RB_BY_VXLAN, false}, {"vxlan-ip", RB_BY_VXLAN, true},    {"vlan", RB_BY_VLAN, false},     {"input", RB_BY_INPUT, false},
 };
 
@@ -386,11 +388,13 @@ int rb_policy_parse(const char *text, rb_choose choose, void *user, struct rb_po
         if (strcmp(names[i].name, text) == 0) {
             out->kind = names[i].kind;
             out->addresses = names[i].addresses;
+            if (out->kind == RB_BY_GTP_SESSION && !(out->sessions = rb_gtpc_make()))
+                return rb_fail(ENOMEM, "no-memory", NULL, "no memory for the sessions of policy %s", text);
             return 0;
         }
     if (strstr(text, ".so") && strchr(text, ':'))
         return from_library(text, out);
-    return rb_fail(EINVAL, "bad-policy", "use rr, rr-burst, ip, 5tuple, gtp, gre, vxlan (these three also with -ip), vlan, input, or LIBRARY.so:FUNCTION",
+    return rb_fail(EINVAL, "bad-policy", "use rr, rr-burst, ip, 5tuple, gtp, gre, vxlan (these three also with -ip), gtp-session, vlan, input, or LIBRARY.so:FUNCTION",
                    "there is no policy \"%s\"", text);
 }
 
@@ -399,6 +403,8 @@ void rb_policy_close(struct rb_policy *policy)
     if (policy->library)
         dlclose(policy->library);
     policy->library = NULL;
+    free(policy->sessions);
+    policy->sessions = NULL;
 }
 
 int rb_policy_hash_of(const char *policy, const void *packet, uint32_t length, uint32_t *hash)
@@ -409,9 +415,9 @@ int rb_policy_hash_of(const char *policy, const void *packet, uint32_t length, u
     int rc = rb_policy_parse(policy, NULL, NULL, &p);
     if (rc < 0)
         return rc;
-    if (p.kind == RB_BY_FUNCTION || p.kind == RB_BY_RR || p.kind == RB_BY_RR_BURST || p.kind == RB_BY_INPUT) {
+    if (p.kind == RB_BY_FUNCTION || p.kind == RB_BY_RR || p.kind == RB_BY_RR_BURST || p.kind == RB_BY_INPUT || p.kind == RB_BY_GTP_SESSION) {
         rb_policy_close(&p);
-        return rb_fail(EINVAL, "bad-policy", "use one of ip, 5tuple, gtp, gre, vxlan, vlan", "policy %s does not hash packets", policy);
+        return rb_fail(EINVAL, "bad-policy", "use one of ip, 5tuple, gtp, gre, vxlan, vlan", "policy %s does not hash packets one by one", policy);
     }
     rb_desc_set(&d, RB_MIN(length, RB_MAX_LENGTH), 0, 0);
     rb_policy_hashes(&p, &data, &d, 1, hash); /* as a worker does it */

@@ -16,7 +16,7 @@
 /* ---- policy.c ---------------------------------------------------------------------------------------------------------- */
 
 enum rb_policy_kind {
-    RB_BY_RR, RB_BY_RR_BURST, RB_BY_IP, RB_BY_5TUPLE, RB_BY_GTP, RB_BY_GRE, RB_BY_VXLAN, RB_BY_VLAN, RB_BY_INPUT, RB_BY_FUNCTION,
+    RB_BY_RR, RB_BY_RR_BURST, RB_BY_IP, RB_BY_5TUPLE, RB_BY_GTP, RB_BY_GTP_SESSION, RB_BY_GRE, RB_BY_VXLAN, RB_BY_VLAN, RB_BY_INPUT, RB_BY_FUNCTION,
 };
 struct rb_policy {
     enum rb_policy_kind kind;
@@ -24,6 +24,7 @@ struct rb_policy {
     rb_choose choose;
     void *user, *library; /* library: opened for it */
     uint32_t next;        /* round robin */
+    struct rb_gtpc *sessions; /* gtp-session: what it remembers */
     char text[128];
 };
 /* `text` NULL or "" with a function: that function; else by name, or "lib.so:symbol". */
@@ -32,6 +33,18 @@ void rb_policy_close(struct rb_policy *policy);
 uint32_t rb_policy_hash(const struct rb_policy *policy, const uint8_t *packet, uint32_t length);
 /* The same for a burst, without a call per packet where it is simple. */
 void rb_policy_hashes(const struct rb_policy *policy, const uint8_t *const *packet, const rb_desc *desc, int n, uint32_t *hash);
+
+/* ---- gtpc.c: what policy gtp-session remembers ---- */
+
+#define RB_SEED 0x9e3779b97f4a7c15ull
+static inline uint64_t rb_mix(uint64_t h, uint64_t word)
+{
+    h = (h ^ word) * RB_SEED;
+    return h ^ h >> 32;
+}
+struct rb_gtpc *rb_gtpc_make(void); /* for one thread; free() frees it; NULL: no memory */
+/* What names the session of a GTP-C message between two addresses; 0: it belongs to none. `p` is a private copy. */
+uint64_t rb_gtpc_session(struct rb_gtpc *g, const uint64_t from[2], const uint64_t to[2], const uint8_t *p, uint32_t length);
 
 /* A number of each packet of a burst, in shared memory of a VM or not: of its hash (true: spread evenly over 32 bits) or counted from 0 (false). */
 bool rb_policy_numbers(struct rb_policy *policy, struct rb_cluster *c, uint32_t input, const rb_desc *desc, int n, uint32_t *number);

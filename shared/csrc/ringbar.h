@@ -465,8 +465,8 @@ typedef struct rb_plan {
     uint32_t ins, outs;    /* at most 64 and 256; fanout, and balancers with more groups than one: 64 outputs */
     rb_end *const *in;
     const rb_output *out;
-    const char *policy;    /* balancer, fanout with groups: "rr", "rr-burst", "ip", "5tuple" (as NULL), "gtp", "gtp-ip", "gre", "gre-ip", "vxlan",
-                            * "vxlan-ip", "vlan", "input", or "LIBRARY.so:FUNCTION", an rb_choose. docs/workers.md has the formulas */
+    const char *policy;    /* balancer, fanout with groups: "rr", "rr-burst", "ip", "5tuple" (as NULL), "gtp", "gtp-ip", "gtp-session", "gre",
+                            * "gre-ip", "vxlan", "vxlan-ip", "vlan", "input", or "LIBRARY.so:FUNCTION", an rb_choose. docs/workers.md has the formulas */
     rb_choose choose;      /* instead of a policy */
     void *user;            /* its first argument */
     rb_idle idle;

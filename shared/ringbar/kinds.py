@@ -359,10 +359,11 @@ class Balancer(Planned):
         :param inputs: one Rx or Queue, or several.
         :param outputs: Tx or Queues; lists among them are groups.
         :param policy: ``"rr"``, ``"rr-burst"``, ``"ip"``, ``"5tuple"``, ``"gtp"``, ``"gre"``, ``"vxlan"`` (these
-            three also with ``-ip``), ``"vlan"``, ``"input"``; a function of C: ``"LIBRARY.so:FUNCTION"``, cffi's or
-            ctypes' pointer, numba's ``cfunc``, an address (its signature is ``rb_choose`` in ringbar.h); or a
-            function of Python, called as ``policy(packets)`` for every burst (:class:`Packets`), which returns
-            the number of an output for each, or -1 to drop it; with groups, a mask of outputs.
+            three also with ``-ip``), ``"gtp-session"``, ``"vlan"``, ``"input"``; a function of C:
+            ``"LIBRARY.so:FUNCTION"``, cffi's or ctypes' pointer, numba's ``cfunc``, an address (its signature is
+            ``rb_choose`` in ringbar.h); or a function of Python, called as ``policy(packets)`` for every burst
+            (:class:`Packets`), which returns the number of an output for each, or -1 to drop it; with groups, a mask
+            of outputs.
         :param weights: how much of its group's traffic each output gets, in the shape of ``outputs``: ``[3, 1]``.
         :param filter: only packets that match are taken; the rest is dropped and counted.
         :param on_idle: called whenever nothing came: a function of Python, or of C (``rb_idle``).

@@ -164,7 +164,7 @@ static void make(void)
 
 static void any_packet_is_read_within_its_bounds(void)
 {
-    static const char *const policies[] = {"ip", "5tuple", "gtp", "gtp-ip", "gre", "gre-ip", "vxlan", "vxlan-ip", "vlan"};
+    static const char *const policies[] = {"ip", "5tuple", "gtp", "gtp-ip", "gre", "gre-ip", "vxlan", "vxlan-ip", "vlan", "gtp-session"};
     enum { POLICIES = sizeof policies / sizeof *policies };
     struct rb_policy parsed[POLICIES];
     uint64_t differs = 0, rounds = getenv("RB_PACKETS") ? strtoull(getenv("RB_PACKETS"), NULL, 0) : 100000;

@@ -166,7 +166,7 @@ def test_the_roles_change_nothing_a_second_time(deployment: Deployment, options:
 
 
 def test_check_mode_tells_what_would_change_and_changes_nothing(deployment: Deployment) -> None:
-    said = recap("--check", "--limit", "localhost", "-e", "host_users=[nobody]")
+    said = recap("--check", "--limit", "localhost", "-e", '{"host_users": ["nobody"]}')
     assert said["localhost"]["changed"] == 1
     assert "ringbar" not in deployment.host.user("nobody").groups
 

@@ -17,6 +17,7 @@ import pytest
 scapy_all = pytest.importorskip("scapy.all", reason="scapy is not installed")
 gtp = pytest.importorskip("scapy.contrib.gtp")
 gtp_v2 = pytest.importorskip("scapy.contrib.gtp_v2")
+from hashing import computed, hash_words  # noqa: E402
 from scapy.layers.inet import ICMP, IP, TCP, UDP  # noqa: E402
 from scapy.layers.inet6 import (  # noqa: E402
     IPv6,
@@ -31,20 +32,6 @@ from scapy.layers.vxlan import VXLAN  # noqa: E402
 from scapy.packet import NoPayload, Packet, Raw  # noqa: E402
 
 POLICIES = ("ip", "5tuple", "gtp", "gtp-ip", "gre", "gre-ip", "vxlan", "vxlan-ip", "vlan")
-
-
-# ---- the formula, as docs/workers.md has it --------------------------------------------------------------------------
-
-WORD = 2**64 - 1
-K = 0x9E3779B97F4A7C15
-
-
-def hash_words(words: list[int]) -> int:
-    h = K
-    for word in words:
-        h = (h ^ word) * K & WORD
-        h ^= h >> 32
-    return (h * 0xD6E8FEB86659FD93 & WORD) >> 32
 
 
 def number(address: str) -> int:
@@ -162,12 +149,6 @@ def expected(policy: str, packet: Any) -> int:
         if isinstance(above, (IP, IPv6)):
             return hash_words(ends(above, only_addresses))
     return hash_words(macs(packet, kind))
-
-
-def computed(core: Any, policy: str, data: bytes) -> int:
-    out = core.ffi.new("uint32_t *")
-    core.check(core.lib.rb_policy_hash_of(policy.encode(), data, len(data), out))
-    return int(out[0])
 
 
 # ---- packets made for it ---------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_an_agent_killed_anywhere_leaves_nothing_half_done(
     shell.cluster(queues=1)
     with tiny_vm() as vm, contextlib.closing(Killer(tmp_path / "qmp", vm.second_qmp)) as killer:
         name = f"qmp:{tmp_path / 'qmp'}"
-        for number in range(2, 80, 8):
+        for number in range(2, 80, int(os.environ.get("RINGBAR_TESTS_KILL_EVERY", "8"))):
             agent = launch()
             if doing == "detach":
                 shell("attach", name, "99@0")

@@ -81,6 +81,12 @@ def test_a_domain_has_its_queues_whenever_it_runs(shell: Shell, launch: Launch, 
     domain.wait_ready()
     domain.wait_functions(3)
 
+    seen = kinds(shell).count("vm-reset")
+    domain.sh("echo c > /proc/sysrq-trigger &")  # its kernel crashes, and starts anew
+    has(shell, "vm-reset", seen)
+    domain.wait_ready()
+    domain.wait_functions(3)
+
     domain.sh("poweroff -f &")  # shut off from inside
     waits(shell)
     domain.start()

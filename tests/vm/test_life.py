@@ -86,7 +86,10 @@ def numbers(program: Program, n: int) -> list[int]:
     return found
 
 
-def test_a_rebooted_guest_attaches_again_and_held_nothing(shell: Shell, guest_pc: Guest, program: Start) -> None:
+@pytest.mark.parametrize("how", [{"hard": True}, {"crash": True}], ids=["reset", "its kernel crashed"])
+def test_a_rebooted_guest_attaches_again_and_held_nothing(
+    shell: Shell, guest_pc: Guest, program: Start, how: dict[str, bool]
+) -> None:
     shell.cluster()
     shell("attach", vm(guest_pc), "99@0", "--tx", "99@1")
     with ringbar.Cluster.attach(99) as zc, zc.open_queue(0, "tx") as tx:
@@ -96,7 +99,7 @@ def test_a_rebooted_guest_attaches_again_and_held_nothing(shell: Shell, guest_pc
             send(tx, 2 * HELD)
             assert first.do(HOLD) == HELD
         assert shell.queue("99@0")["held"] == HELD
-        guest_pc.reboot(hard=True)
+        guest_pc.reboot(**how)
         first.close()
         send(tx, HELD, 2 * HELD)  # the rings are there while nobody reads them
         assert shell.json("status")["vms"][0]["cluster"] == 99  # the attachment outlives the reboot

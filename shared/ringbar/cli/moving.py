@@ -327,7 +327,10 @@ def _weights(text: str) -> list[int]:
 
 
 NAMED = frozenset(
-    ["rr", "rr-burst", "ip", "5tuple", "gtp", "gtp-ip", "gre", "gre-ip", "vxlan", "vxlan-ip", "vlan", "input"]
+    (
+        "rr", "rr-burst", "ip", "5tuple", "gtp", "gtp-ip", "gtp-session", "gre", "gre-ip", "vxlan", "vxlan-ip", "vlan",
+        "input",
+    )  # fmt: skip
 )
 
 

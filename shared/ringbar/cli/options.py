@@ -11,7 +11,7 @@ from typing import Any
 from ringbar import address
 from ringbar.cli.common import Usage, add_json, cluster_id, count, plural, positive, rate, seconds
 
-POLICIES = "rr, rr-burst, ip, 5tuple, gtp, gre, vxlan, vlan, input"
+POLICIES = "rr, rr-burst, ip, 5tuple, gtp, gtp-session, gre, vxlan, vlan, input"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,30}")
 
 
