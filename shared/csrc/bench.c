@@ -48,9 +48,11 @@ static void pin(int core)
     sched_setaffinity(0, sizeof set, &set); /* one core only, or not allowed: then the figure says so by itself */
 }
 
-/* Whoever finds nothing, or no room, waits a little before looking again: each look takes the line with the index away from the peer. */
-static inline void wait_a_little(uint32_t pauses)
+/* Whoever finds nothing, or no room, waits a little before looking again, then longer: each look takes the line with the index away from the peer,
+ * for 25 ns or for 250, as the two cores lie. */
+static inline void wait_a_little(uint32_t pauses, uint32_t *tries)
 {
+    pauses <<= *tries < 3 ? (*tries)++ : 3;
     while (pauses--)
         rb_pause();
 }
@@ -129,6 +131,7 @@ static inline __attribute__((always_inline)) uint64_t produce(struct bench *b, c
     uint64_t number = 0;
     struct rb_ring r = b->ring;
     uint64_t sent = 0, until = 0;
+    uint32_t tries = 0;
     for (uint32_t i = credit_of(b->o.slots); i >= 1; i--)
         stack[top++] = i;
     for (uint32_t turn = 0;; turn++) {
@@ -142,9 +145,10 @@ static inline __attribute__((always_inline)) uint64_t produce(struct bench *b, c
             top = take(b, &r, stack, top, level);
         uint32_t n = RB_MIN(RB_MIN(rb_ring_space(&r, burst), burst), top);
         if (n < burst) {
-            wait_a_little(LOOK_AGAIN_FULL);
+            wait_a_little(LOOK_AGAIN_FULL, &tries);
             continue;
         }
+        tries = 0;
         top -= burst;
         const uint32_t *handle = stack + top;
         for (uint32_t i = 0; i < burst && touch; i++)
@@ -209,14 +213,16 @@ static inline __attribute__((always_inline)) void consume(struct bench *b, const
     struct rb_ring r = b->ring;
     struct shared *s = b->s;
     uint64_t got = 0, failed = 0;
+    uint32_t tries = 0;
     for (;;) {
         uint32_t n = RB_MIN(rb_ring_ready(&r, burst), burst);
         if (!n) {
             if (rb_load_acquire(&s->done) && rb_ring_ready(&r, 1) == 0)
                 break;
-            wait_a_little(LOOK_AGAIN_EMPTY);
+            wait_a_little(LOOK_AGAIN_EMPTY, &tries);
             continue;
         }
+        tries = 0;
         failed += n == burst ? consume_some(b, &r, got, burst, touch) : consume_some(b, &r, got, n, touch);
         got += n;
     }
@@ -232,6 +238,7 @@ static int produce_library(struct bench *b, rb_cluster *c)
     rb_end *tx;
     char address[32];
     uint64_t until = 0, number = 0;
+    uint32_t tries = 0;
     snprintf(address, sizeof address, "%u@0", b->id);
     int rc = rb_open(&tx, c, address, RB_TX);
     if (rc < 0) {
@@ -264,8 +271,9 @@ static int produce_library(struct bench *b, rb_cluster *c)
                 return rc;
             }
             sent += rc;
+            tries = rc ? 0 : tries;
             if (sent < n)
-                wait_a_little(LOOK_AGAIN_FULL);
+                wait_a_little(LOOK_AGAIN_FULL, &tries);
         }
     }
     rb_store_release(&b->s->done, 1);
@@ -281,6 +289,7 @@ static int consume_library(struct bench *b)
     rb_desc desc[RB_MAX_BURST];
     char address[32];
     uint64_t got = 0, failed = 0;
+    uint32_t tries = 0;
     snprintf(address, sizeof address, "%u@0", b->id);
     while (!rb_load_acquire(&b->s->ready))
         rb_pause();
@@ -298,9 +307,10 @@ static int consume_library(struct bench *b)
         if (n <= 0) {
             if (n < 0 || (rb_load_acquire(&b->s->done) && rb_empty(rx)))
                 break;
-            wait_a_little(LOOK_AGAIN_EMPTY);
+            wait_a_little(LOOK_AGAIN_EMPTY, &tries);
             continue;
         }
+        tries = 0;
         for (int i = 0; i < n; i++) {
             failed += desc[i].ts != got + (uint64_t)i;
             if (b->o.touch)

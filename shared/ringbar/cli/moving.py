@@ -327,10 +327,7 @@ def _weights(text: str) -> list[int]:
 
 
 NAMED = frozenset(
-    (
-        "rr", "rr-burst", "ip", "5tuple", "gtp", "gtp-ip", "gtp-session", "gre", "gre-ip", "vxlan", "vxlan-ip", "vlan",
-        "input",
-    )  # fmt: skip
+    "rr rr-burst ip 5tuple gtp gtp-ip gtp-session gre gre-ip vxlan vxlan-ip vlan input".split()
 )
 
 
