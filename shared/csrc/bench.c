@@ -122,7 +122,7 @@ static inline __attribute__((always_inline)) uint32_t take(struct bench *b, stru
         disarm(b->book);
     if (level && good < n) /* nobody here returns what it was not lent */
         rb_set(&b->s->failed, rb_get(&b->s->failed) + n - good);
-    return top + n;
+    return top + (level ? good : n);
 }
 
 static inline __attribute__((always_inline)) uint64_t produce(struct bench *b, const uint32_t burst, const uint32_t touch, const int level)

@@ -175,7 +175,7 @@ static void gtp(const struct view *v, struct key *k, struct rb_gtpc *sessions)
         if (ip(v, next, &inner))
             *k = inner;
     } else if (udp_to(v, k, 2123) && has(v, at, 8)) { /* GTP-C: a request and its answer have the same sequence number */
-        if (sessions && (k->session = rb_gtpc_session(sessions, k->a, k->b, v->byte + at, v->length - at)) != 0) {
+        if (sessions && (k->session = rb_gtpc_session(sessions, k->a, k->b, k->kind == IPV6, v->byte + at, v->length - at)) != 0) {
             k->whole = true;
             return;
         }

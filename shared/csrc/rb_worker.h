@@ -44,7 +44,7 @@ static inline uint64_t rb_mix(uint64_t h, uint64_t word)
 }
 struct rb_gtpc *rb_gtpc_make(void); /* for one thread; free() frees it; NULL: no memory */
 /* What names the session of a GTP-C message between two addresses; 0: it belongs to none. `p` is a private copy. */
-uint64_t rb_gtpc_session(struct rb_gtpc *g, const uint64_t from[2], const uint64_t to[2], const uint8_t *p, uint32_t length);
+uint64_t rb_gtpc_session(struct rb_gtpc *g, const uint64_t from[2], const uint64_t to[2], bool v6, const uint8_t *p, uint32_t length);
 
 /* A number of each packet of a burst, in shared memory of a VM or not: of its hash (true: spread evenly over 32 bits) or counted from 0 (false). */
 bool rb_policy_numbers(struct rb_policy *policy, struct rb_cluster *c, uint32_t input, const rb_desc *desc, int n, uint32_t *number);

@@ -31,6 +31,26 @@ static void noise(uint32_t bytes)
         put(any(256), 1);
 }
 
+/* Information elements of GTP-C, of both versions. */
+static void elements(void)
+{
+    static const uint32_t fixed[] = {1, 2, 3, 14, 15, 16, 17, 20, 127}, sizes[] = {1, 8, 6, 1, 1, 4, 4, 1, 4};
+    for (uint32_t n = any(6); n; n--) {
+        uint32_t i = any(9), bytes = any(3) ? 4 + any(30) : any(300);
+        if (any(2)) {
+            put(fixed[i], 1);
+            noise(sizes[i]);
+        } else {
+            bool version_1 = any(2);
+            put(version_1 ? (any(2) ? 133 : 128 + any(128)) : any(2) ? 87 : any(256), 1);
+            put(bytes, 2);
+            if (!version_1)
+                put(any(3), 1);
+            noise(any(8) ? bytes : any(bytes + 1));
+        }
+    }
+}
+
 static void network(uint32_t depth);
 
 /* What is inside UDP, GRE or a tunnel; mostly what belongs there. */
@@ -65,7 +85,8 @@ static void udp(uint32_t depth)
         put(any(2) ? 0x32 : 0x48 | any(32), 1);
         put(any(256), 1);
         put(any(100), 2);
-        noise(12);
+        noise(any(4) ? 8 : 12);
+        elements();
     } else if (port == 4789) {
         put(any(4) ? 0x08000000 : any(UINT32_MAX), 4);
         put(any(UINT32_MAX), 4);
@@ -162,6 +183,29 @@ static void make(void)
         length = any(length + 1);
 }
 
+/* In memory of their own size: a packet lies before others in the pool, and its copy before zeros. */
+static void gtpc_messages_are_read_within_their_bounds(void)
+{
+    struct rb_gtpc *sessions = rb_gtpc_make();
+    uint64_t named = 0, rounds = getenv("RB_PACKETS") ? strtoull(getenv("RB_PACKETS"), NULL, 0) : 100000;
+    CHECK(sessions);
+    for (uint64_t round = 0; round < rounds; round++) {
+        length = 0;
+        put(any(2) ? 0x30 | any(8) : 0x48 | any(8), 1);
+        put(any(4) ? 33 : any(256), 1);
+        noise(any(2) ? 10 : 6);
+        elements();
+        length = any(4) ? length : any(length + 1);
+        uint8_t *exact = malloc(length ? length : 1);
+        CHECK(exact);
+        memcpy(exact, packet, length);
+        named += rb_gtpc_session(sessions, (uint64_t[]){0, any(4)}, (uint64_t[]){0, any(4)}, any(2), exact, length) != 0;
+        free(exact);
+    }
+    CHECK(named > rounds / 2);
+    free(sessions);
+}
+
 static void any_packet_is_read_within_its_bounds(void)
 {
     static const char *const policies[] = {"ip", "5tuple", "gtp", "gtp-ip", "gre", "gre-ip", "vxlan", "vxlan-ip", "vlan", "gtp-session"};
@@ -203,5 +247,6 @@ static void any_packet_is_read_within_its_bounds(void)
 int main(void)
 {
     RUN(any_packet_is_read_within_its_bounds);
+    RUN(gtpc_messages_are_read_within_their_bounds);
     return 0;
 }

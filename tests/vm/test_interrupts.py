@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmtools import Program, Shell, in_guest, monitor, until, vm
+from vmtools import Launch, Program, Shell, in_guest, monitor, until, vm
 
 import ringbar
 from ringbar.qemu.launch import Guest
@@ -155,6 +155,54 @@ def test_the_host_sleeps_until_the_vm_rings(shell: Shell, iommu: Guest, program:
         first, last = (int(re.findall(r"\nvoluntary_ctxt_switches:\s*(\d+)", text)[0]) for text in (before, after))
         assert last - first < 200
     inside.close()
+
+
+def test_a_worker_with_idle_event_sleeps_until_the_host_rings(shell: Shell, iommu: Guest, program: Start) -> None:
+    shell.cluster()
+    attach(shell, iommu, "99@0", "--tx", "99@1")
+    inside = program(iommu)
+    inside.do(
+        "zc = ringbar.Cluster.attach(99, timeout=30)\n"
+        "bridge = ringbar.Bridge(zc.queues[0], zc.queues[1], idle='event').start()"
+    )
+    with ringbar.Cluster.attach(99) as zc, zc.open_queue(1, "rx") as rx:
+        for turn in range(2):
+            send(shell, "99@0")
+            assert len(rx.recv(timeout=20)) == 1
+            before = interrupts(iommu)
+            until(lambda: inside.do(SWITCHES), lambda number: number < 100, "the worker does not sleep", 40)
+            send(shell, "99@0")
+            assert len(rx.recv(timeout=20)) == 1, turn
+            assert interrupts(iommu) > before
+    inside.do("bridge.stop(); zc.close()")
+    inside.close()
+
+
+def test_interrupts_go_on_without_the_agent_and_with_the_next(
+    shell: Shell, launch: Launch, iommu: Guest, program: Start
+) -> None:
+    shell.cluster()
+    agent = launch()
+    attach(shell, iommu, "99@0")
+    inside = receiver(program, iommu)
+
+    def is_woken(packets: int) -> None:
+        before = interrupts(iommu)
+        until(lambda: inside.do(SWITCHES), lambda number: number < 100, "it polls", 40)
+        send(shell, "99@0")
+        gets(inside, packets)
+        assert interrupts(iommu) > before
+
+    is_woken(1)
+    agent.kill()
+    agent.wait(10)
+    is_woken(2)
+    launch()
+    is_woken(3)
+    (attached,) = shell.json("status", "--sample", "0")["vms"]
+    assert attached["interrupts"] and attached["state"] == "plugged"
+    inside.close()
+    shell.detach(iommu)
 
 
 def test_asyncio_waits_for_the_interrupt(shell: Shell, iommu: Guest, program: Start) -> None:
