@@ -47,7 +47,7 @@ static int check(const struct rb_worker_kind *kind, struct rb_cluster *c, const 
 }
 
 /* What an event-driven worker sleeps on: `wake`, and a place for each input. A queue's is filled in before each sleep: its bell may come and go. */
-static int make_poll(struct rb_worker *w)
+static int make_poll(struct rb_worker *w, struct pollfd **made, int *most_ms)
 {
     struct pollfd *p = calloc(w->ins + 1, sizeof *p);
     uint32_t n = 1;
@@ -65,10 +65,8 @@ static int make_poll(struct rb_worker *w)
         if (!w->in[i].over && end->device)
             ms = RB_MIN(ms, p[n - 1].fd < 0 ? 1 : 20);
     }
-    free(w->poll);
-    w->poll = p;
-    w->polls = n;
-    w->poll_ms = ms;
+    *made = p;
+    *most_ms = ms;
     return 0;
 }
 
@@ -119,12 +117,19 @@ static int adopt(struct rb_worker *w, const rb_plan *given)
     w->in = in, w->ins = plan.ins;
     w->out = out, w->outs = plan.outs;
     w->policy = policy;
-    if ((rc = w->ops->changed(w, &plan)) < 0 || (rc = make_poll(w)) < 0) {
+    struct pollfd *polled = NULL;
+    int poll_ms;
+    if ((rc = make_poll(w, &polled, &poll_ms)) < 0 || (rc = w->ops->changed(w, &plan)) < 0) {
+        free(polled);
         w->in = old_in, w->ins = old_ins;
         w->out = old_out, w->outs = old_outs;
         w->policy = old_policy;
         goto out;
     }
+    free(w->poll);
+    w->poll = polled;
+    w->polls = w->ins + 1;
+    w->poll_ms = poll_ms;
     w->idle = plan.idle;
     w->idle_user = plan.idle_user;
     if (policy.sessions && old_policy.sessions) { /* what it has learnt it still knows */
