@@ -118,7 +118,7 @@ static int adopt(struct rb_worker *w, const rb_plan *given)
     w->out = out, w->outs = plan.outs;
     w->policy = policy;
     struct pollfd *polled = NULL;
-    int poll_ms;
+    int poll_ms = 0;
     if ((rc = make_poll(w, &polled, &poll_ms)) < 0 || (rc = w->ops->changed(w, &plan)) < 0) {
         free(polled);
         w->in = old_in, w->ins = old_ins;

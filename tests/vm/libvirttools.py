@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tinyguest
+from vmtools import until
 
 from ringbar.qemu import image as images
 from ringbar.qemu.launch import KERNEL_PARAMETERS, Guest, accelerator
@@ -213,7 +214,8 @@ class TinyDomain(_Defined, tinyguest.TinyVm):
         self.define(xml, directory)
 
     def start(self) -> None:
-        """Boot it, until its shell runs."""
+        """Boot it, until its shell runs; of a domain that has just ended libvirt may know later than the agent."""
+        until(lambda: virsh("domstate", self.domain), lambda state: state == "shut off", "it has not ended")
         virsh("start", self.domain)
         self.connect()
         self.wait_ready()
