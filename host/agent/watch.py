@@ -37,6 +37,19 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before trying again what failed."""
 
 
+async def _end_all(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks, and again those that go on: before Python 3.12 ``asyncio.wait_for`` forgets a cancellation that
+    comes together with its result, and whoever was connecting then listens for ever."""
+    left: set[asyncio.Future[Any]] = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        done, left = await asyncio.wait(left, timeout=0.5)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # looked at, or asyncio complains
+
+
 class Watcher:
     """Follows every VM that has something, or shall have. Its own thread and event loop."""
 
@@ -159,9 +172,7 @@ class Watcher:
             for task in done:
                 task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end_all(*tasks)
 
     async def _ended(self, vm: str) -> None:
         for note in await asyncio.to_thread(self._host.reclaim):
@@ -205,9 +216,7 @@ class Watcher:
         try:
             await self._news_or(end, key)
         finally:
-            for task in (end, events):
-                task.cancel()
-            await asyncio.gather(end, events, return_exceptions=True)
+            await _end_all(end, events)
 
     async def _events(self, key: str, record: records.Record) -> None:
         """What QEMU says, again after libvirt was restarted. Without its monitor (somebody else has it) only the end
@@ -245,9 +254,7 @@ class Watcher:
                     for task in done:
                         task.result()
                 finally:
-                    hearing.cancel()
-                    lapsing.cancel()
-                    await asyncio.gather(hearing, lapsing, return_exceptions=True)
+                    await _end_all(hearing, lapsing)
             log.info("libvirt was restarted: listening to %s anew", record.vm)
         except Error as e:
             log.info("no more events of %s: %s", record.vm, e)

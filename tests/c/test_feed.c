@@ -290,7 +290,9 @@ static void a_killed_sender_loses_nothing_that_it_sent(void)
             vm_takes(&next, 1);
             OK(rb_reap_all(host));
         }
-        CHECK(next >= told && next <= told + 32 && queues_are_now(2));
+        CHECK(next >= told);
+        CHECK(next <= told + 32);
+        CHECK(queues_are_now(2));
         rb_end *tx = open_end(host, 0, RB_TX); /* its place can be taken at once */
         n = next;
         for (uint64_t last = n + 1000; n < last && rb_mono_ns() < until;) {

@@ -200,7 +200,7 @@ def test_interrupts_go_on_without_the_agent_and_with_the_next(
     launch()
     is_woken(3)
     (attached,) = shell.json("status", "--sample", "0")["vms"]
-    assert attached["interrupts"] and attached["state"] == "plugged"
+    assert attached["interrupts"] and attached["state"] == "ready"
     inside.close()
     shell.detach(iommu)
 
