@@ -309,9 +309,9 @@ static void refill(struct rb_end *end)
     uint32_t *where = end->c->where;
     uint32_t *stock = end->stock, top = end->stocked, out = end->out;
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t handle = returned[(rc + i) & mask], at = handle < first ? handle : 0;
-        if (__builtin_expect((at == 0) | (where[at] != own) | (top >= room), 0)) {
-            /* of another queue or pool, never sent by this program, gone to the host, or more than can be */
+        uint32_t handle = returned[(rc + i) & mask];
+        if (__builtin_expect(handle - 1 >= first - 1, 0) || __builtin_expect(where[handle] != own, 0)) {
+            /* of another queue or pool, never sent by this program, or gone to the host */
             end->stocked = top;
             end->out = out;
             take_back(end, handle);
@@ -319,9 +319,10 @@ static void refill(struct rb_end *end)
             out = end->out;
             continue;
         }
-        where[at] = RB_HAND_NONE;
+        where[handle] = RB_HAND_NONE;
         out -= out > 0;
-        stock[top++] = handle;
+        if (top < room)
+            stock[top++] = handle;
     }
     end->stocked = top;
     end->out = out;
@@ -372,15 +373,6 @@ static int client_alloc(struct rb_end *end, rb_desc *desc, int n)
     const uint32_t mine = RB_HAND_BORROWED + end->index, first = c->pool_count[0], *stock = end->stock;
     uint32_t *where = c->where;
     uint32_t top = end->stocked;
-    for (const int usual = (int)RB_MIN((uint32_t)n, top); out < usual; out++) { /* of the first pool, and in nobody's hand */
-        uint32_t handle = stock[top - 1], at = handle < first ? handle : 0, w = where[at];
-        if (__builtin_expect((at == 0) | ((w & RB_HAND) != 0), 0))
-            break;
-        top--;
-        where[at] = w | mine;
-        uint64_t empty[2] = {handle | (uint64_t)RB_BUFFER_HEADER << 47, 0};
-        memcpy(&desc[out], empty, sizeof empty);
-    }
     while (out < n && top) {
         uint32_t handle = stock[--top], *at = &where[rb_number_in(c, first, handle)];
         if (__builtin_expect(*at & RB_HAND, 0))
@@ -402,8 +394,8 @@ static void went_on(struct rb_cluster *c, uint32_t handle, uint32_t hand)
         rb_ring_give(&from->ring, &note, 1);
 }
 
-/* The first of n descriptors that may go, out of the hand and into the ring: how many. An emulated processor pays for each access to memory and for
- * each branch, so everything is in registers, what is usual takes one branch, and what differs from call to call is a constant of its own copy of the loop. */
+/* The first of n descriptors that may go, out of the hand and into the ring: how many. An emulated processor pays for each access to memory, so
+ * everything is in registers, and what differs from call to call is a constant of its own copy of the loop. */
 static inline __attribute__((always_inline)) uint32_t put(struct rb_end *end, const rb_desc *desc, uint32_t n, bool direct, bool odd, uint64_t *sum)
 {
     struct rb_cluster *c = end->c;
@@ -419,12 +411,12 @@ static inline __attribute__((always_inline)) uint32_t put(struct rb_end *end, co
         for (; d < end_of_run; d++, slot++) {
             uint64_t pair[2];
             memcpy(pair, d, sizeof pair);
-            uint32_t handle = (uint32_t)pair[0], word = (uint32_t)(pair[0] >> 32), at = handle < first ? handle : 0, w = where[at], hand = w & RB_HAND;
-            if (__builtin_expect((at == 0) | (hand == 0) | ((word & 0x7fff) + (word >> 15 & 0x3fff) > size), 0)) {
-                if ((at = rb_number(c, handle)) == UINT32_MAX || !(hand = (w = where[at]) & RB_HAND) || !rb_fits(c, word))
-                    break;
-            }
-            where[at] = direct ? hand << 10 | by : w & ~(uint32_t)RB_HAND;
+            uint32_t handle = (uint32_t)pair[0], word = (uint32_t)(pair[0] >> 32), at = handle, hand;
+            if (__builtin_expect(handle - 1 >= first - 1, 0) && (at = rb_number(c, handle)) == UINT32_MAX)
+                break;
+            if (!(hand = where[at] & RB_HAND) || (word & 0x7fff) + (word >> 15 & 0x3fff) > size)
+                break;
+            where[at] = direct ? hand << 10 | by : where[at] & ~(uint32_t)RB_HAND;
             bytes += word & 0x7fff;
             memcpy(slot, pair, sizeof pair);
             if (odd && c->extras)
